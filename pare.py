@@ -1,0 +1,292 @@
+"""PaRe: fine-tune on patches of the source and of the target together, from easy to hard.
+
+Cai et al., "Enhancing Cross-Modal Fine-Tuning with Gradually Intermediate Modality Generation", ICML 2024.
+
+A pretrained encoder meets pictures it has never seen. PaRe shows it, next to them, an intermediate modality: target
+samples in which the patches that matter least are replaced by the source patches that matter most. It begins close to the
+source, where the encoder is at home, and ends at the target.
+
+    in epoch ep of EP:   k = k0 (1 - ep / EP),   lambda = k / k0
+    1  X_t = embedder(x_t)                       N target tokens of width D
+    2  X_s = source embedder(x_s)                N source tokens, the pretrained embedder, frozen
+    3  S   = sigmoid(FC(X))                      the gate: one score for each token, shared by source and target
+    4  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s
+    5  L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)        g the encoder, h the predictors
+    6  L = L(h_t(g(X_t)), y_t) + mix_weight L_mix
+    7  step on embedder, encoder, gate and both predictors
+
+    python pare.py --task spherical
+
+The text leaves open how L_mix and the loss on unmixed samples are combined (line 6) and how the gate gets its gradient;
+both are as in the official code. `--as-released` follows that code where it leaves the text: docs/paper-vs-code.md, P2 to P8.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import data
+
+
+@dataclass(frozen=True)
+class Args:
+    # ---- the same in every method file
+    task: str = "spherical"
+    """what to adapt to; `python data.py` lists the tasks"""
+    scale: Literal["auto", "tiny", "full"] = "auto"
+    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full if there is a GPU"""
+    backbone: str | None = None
+    """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
+    source: Literal["cifar10", "tiny_imagenet"] | None = None
+    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
+    data_dir: str = "datasets"
+    """where the official files are read from; nothing is written there"""
+    out_dir: str = "runs"
+    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
+    seed: int = 0
+    """of every random draw. One seed is an anecdote: report at least three"""
+    init: Literal["copy", "random"] = "copy"
+    """how the target embedder starts: from the pretrained patch projection, or random. Worth more than most methods: vary it first"""
+    as_released: bool = False
+    """do what the official code does where it differs from the paper"""
+    resume: bool = False
+    """go on after the last finished epoch, exactly as if nothing had happened"""
+    compile: bool = False
+    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    epochs: int | None = None
+    """passes over the training samples. This and the following are the task's published values unless given"""
+    n_train: int | None = None
+    """training samples used; fewer is where methods differ most"""
+    batch_size: int | None = None
+    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
+    accumulate: int | None = None
+    """forward passes averaged into one optimizer step"""
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    """sgd has momentum 0.9; the Adams have betas (0.9, 0.98)"""
+    lr: float | None = None
+    """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
+    weight_decay: float | None = None
+    """on all parameters"""
+    clip: float | None = None
+    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
+    warmup_epochs: float | None = None
+    """the learning rate rises linearly for so long"""
+    decay_epochs: float | None = None
+    """and falls linearly to 0 until here, which may lie beyond the last epoch"""
+
+    # ---- PaRe
+    k_begin: float | None = None
+    """k0 as a share of the N target tokens: 0.64 is the official 2000 of 3136. Try less where the target is far from pictures"""
+    k_end: float | None = None
+    """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
+    ratio: Literal["k/k0", "k/N"] = "k/k0"
+    """lambda, the weight of the source label. k/k0 (text) starts at 1; k/N (code) is the share of source tokens, as in CutMix"""
+    mix_weight: float = 1.0
+    """weight of L_mix in the total loss; the official codes use 1 (classification), 0.3 (dense) and 0.1 (1D)"""
+    temperature: float = 0.9
+    """of the relaxed top-k that gives the gate its gradient; lower is closer to the hard choice"""
+    gate_noise: float = 0.0
+    """scale of Gumbel noise on the scores. The code's 1 drowns scores in (0, 1): the choice is then nearly random"""
+
+
+if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
+    args = data.command_line(Args, __doc__)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+import common  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Gate(nn.Module):
+    """S = sigmoid(FC(X)): how much each token matters. (B, N, D) -> (B, N), in fp32, where scores seldom tie."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+
+    def forward(self, tokens):
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.linear(tokens.float()).squeeze(-1).sigmoid()  # (B, N)
+
+
+def top_k_mask(scores, k, temperature=0.9):
+    """1 for the k highest scores, 0 for the rest, with a gradient (straight-through). (B, N) -> (B, N)
+
+    Forward the hard choice, backward the relaxed one:
+
+        p_i = sigmoid(s_i / tau - t),   t such that sum_i p_i = k
+        dp_i / ds_j = w_i (delta_ij - w_j / sum_l w_l) / tau,   w = p (1 - p)
+
+    The threshold t is found by 30 bisections, whatever N and k. One Newton step on it, with the slope held constant, then
+    carries its implicit derivative. (The official code iterates N softmaxes: tools/bench.py topk.)
+    """
+    B, N = scores.shape
+    hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)
+    if k in (0, N):
+        return hard  # no choice, no gradient
+    s = scores / temperature
+    with torch.no_grad():
+        offset = torch.logit(torch.tensor(k / N))  # with every score at s the threshold would be s - offset
+        low, high = s.amin(1, keepdim=True) - offset, s.amax(1, keepdim=True) - offset  # (B, 1)
+        for _ in range(30):
+            t = (low + high) / 2
+            too_many = torch.sigmoid(s - t).sum(1, keepdim=True) > k
+            low, high = torch.where(too_many, t, low), torch.where(too_many, high, t)
+        p = torch.sigmoid(s - t)
+        slope = (p * (1 - p)).sum(1, keepdim=True)  # sum_l w_l
+    t = t + (torch.sigmoid(s - t).sum(1, keepdim=True) - k) / slope
+    p = torch.sigmoid(s - t)
+    return hard + (p - p.detach())
+
+
+def replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, temperature=0.9):
+    """Line 4: the intermediate sample X_m.
+
+    The N - k highest-scored target tokens stay where they are; the places of the k lowest, left to right, take the k
+    highest-scored source tokens in their own order. The gate's gradient comes through both masks.
+
+    Args:
+        tokens_t (B, N, D), tokens_s (B, N_s, D): embedded target and source samples.
+        scores_t (B, N), scores_s (B, N_s): the gate's scores.
+        k: tokens to replace; 0 returns the target unchanged.
+    Returns: tokens_m (B, N, D).
+    Raises: ValueError for unequal batches, or a k that one of the sides does not have.
+    """
+    (B, N, D), N_s = tokens_t.shape, tokens_s.shape[1]
+    if len(tokens_s) != B:
+        raise ValueError(f"{B} target samples but {len(tokens_s)} source samples: pair them one to one")
+    if not 0 <= k <= min(N, N_s):
+        raise ValueError(f"k = {k} does not fit {N} target and {N_s} source tokens")
+    if k == 0:
+        return tokens_t
+    keep = top_k_mask(scores_t, N - k, temperature)  # (B, N)
+    take = top_k_mask(scores_s, k, temperature)  # (B, N_s)
+    free = keep.argsort(dim=1, stable=True)[:, :k, None].expand(-1, -1, D)  # (B, k, D) places with keep = 0, left to right
+    taken = take.argsort(dim=1, stable=True, descending=True)[:, :k, None].expand(-1, -1, D)  # (B, k, D) places with take = 1
+    return (tokens_t * keep[..., None]).scatter(1, free, (tokens_s * take[..., None]).gather(1, taken))
+
+
+def replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k):
+    """What the official code does from epoch 10 on (P4, P5, P8): the k HIGHEST-scored target tokens are replaced, the
+    lowest of them by the highest-scored source token and so on, and the gate gets no gradient."""
+    D = tokens_t.shape[2]
+    free = scores_t.argsort(dim=1)[:, scores_t.shape[1] - k :, None].expand(-1, -1, D)  # (B, k, D) ascending
+    taken = scores_s.topk(k).indices[..., None].expand(-1, -1, D)  # (B, k, D) descending
+    return tokens_t.scatter(1, free, tokens_s.gather(1, taken))
+
+
+def schedule(epoch, epochs, k_begin, k_end=0):
+    """k = k0 (1 - ep / EP), for k_end = 0: tokens replaced in epoch 0, 1, ..., epochs - 1."""
+    return int(k_begin - (k_begin - k_end) * epoch / epochs)
+
+
+def gumbel(like):
+    """Draws from Gumbel(0, 1): adding them to scores before a top-k makes it a random choice."""
+    return -torch.log(-torch.log(torch.rand_like(like).clamp(1e-20, 1 - 1e-7)))
+
+
+class PaRe(nn.Module):
+    """Everything that trains: the model, the gate, and the source predictor h_s, which is dropped in the end."""
+
+    def __init__(self, model, gate, predictor_s):
+        super().__init__()
+        self.model, self.gate, self.predictor_s = model, gate, predictor_s
+
+    def forward(self, x, tokens_s, k, args, gate_trains=True):
+        """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); with k = 0 only the first. One pass of the encoder."""
+        tokens_t = self.model.embedder(x)  # (B, N, D)
+        if k == 0:
+            return self.model.predictor(self.model.encoder(tokens_t)), None, None
+        scores_t, scores_s = self.gate(tokens_t), self.gate(tokens_s)  # (B, N), (B, N_s)
+        if gate_trains:
+            scores_t, scores_s = (s + args.gate_noise * gumbel(s) if args.gate_noise else s for s in (scores_t, scores_s))
+            tokens_m = replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, args.temperature)  # (B, N, D)
+        else:
+            tokens_m = replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k)  # (B, N, D)
+        features, features_m = self.model.encoder(torch.cat([tokens_t, tokens_m])).chunk(2)  # (2B, N, D) -> 2 x (B, n, F)
+        return self.model.predictor(features), self.model.predictor(features_m), self.predictor_s(features_m)
+
+
+def main(args):
+    if args.as_released:  # PaRe: rows P3, P6; P2 is in the recipe, P4, P5 and P8 below
+        args = replace(args, ratio="k/N", gate_noise=1.0)  # PaRe
+
+    # ---- set up: processes, device, seed, data, run folder
+    run = common.Run(args, "pare")  # PaRe
+    args, device = run.args, run.device
+    with run.first():
+        loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
+        source_set = data.load_proxy(args.source, args.data_dir, args.scale, seed=args.seed, device=device)  # PaRe
+    task, train = loaded.task, loaded.train
+    if not run.open(train.kind, source_set.kind):  # PaRe
+        return
+
+    # ---- the model
+    source = common.load_source(args.backbone)  # PaRe
+    embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, args.init)  # PaRe
+    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
+    if args.compile:
+        model.encoder.compile()
+
+    # ---- PaRe: gate, source predictor, and the frozen source embedder, which is no part of what trains
+    net = PaRe(model, Gate(source.token_width), common.ClassPredictor(source.feature_width, source_set.classes))
+    source.embedder.to(device)
+    N, N_s = embedder.tokens, source.embedder.tokens
+    k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
+    last_phase = min(10, args.epochs // 6) if args.as_released else args.epochs  # P4, P5: from this epoch on the gate is left alone
+    print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
+
+    # ---- optimizer and schedule
+    net = run.distribute(net)
+    steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
+    optimizer = common.make_optimizer(net, args)
+    scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
+    print(f"train   {args.epochs} epochs of {steps} steps, batch {args.batch_size} x {args.accumulate}, {args.optimizer} at {args.lr:g}")
+
+    # ---- train
+    for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
+        common.seed_everything(args.seed, epoch, run.rank)
+        net.train()
+        start, losses = common.now(), torch.zeros(steps, device=device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
+        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)  # PaRe
+        k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
+        lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
+        for step, (x, y) in enumerate(bar := run.progress(batches, steps, epoch)):
+            window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
+            step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
+            with run.accumulating(net, step_follows):
+                x_s, y_s = next(batches_s)  # PaRe
+                with run.autocast():
+                    tokens_s = source.embedder(x_s)  # PaRe: (B, N_s, D), frozen
+                    out, out_m, out_ms = net(x, tokens_s, k, args, gate_trains=epoch < last_phase)  # PaRe: (B, K), (B, K), (B, K_s)
+                loss = task.loss(out, y)
+                if k > 0:  # PaRe: L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)
+                    loss_mix = (1 - lam) * task.loss(out_m, y) + lam * F.cross_entropy(out_ms.float(), y_s)  # PaRe: line 5
+                    loss = loss + args.mix_weight * loss_mix  # PaRe: line 6
+                (loss / window).backward()  # averaged over the window; the official codes sum
+            if step_follows:
+                if args.clip > 0:
+                    nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses[step] = loss.detach()
+            if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
+        seconds = common.now() - start
+        row = {"loss": losses.mean().item(), "val": run.evaluate(model, loaded.val, task), "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row |= {"k": k, "lambda": lam}  # PaRe
+        run.end_epoch(net, model, optimizer, scheduler, row)
+
+    # ---- test: the last epoch, and the epoch that was best on validation
+    return run.finish(model, loaded, args.source)  # PaRe
+
+
+if __name__ == "__main__":
+    data.guarded(main, args)

@@ -1,0 +1,30 @@
+"""The tests need no network, no GPU and no data: everything runs on toy pictures and on small files made here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """Runs a script of the project as a user does; its stdout is returned, its exit code asserted."""
+    folder = tmp_path_factory.mktemp("work")  # no datasets/ in here: toy data
+
+    def run(*command, out, code=0, processes=1, timeout=300):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        done = subprocess.run(
+            [*launcher, str(ROOT / command[0]), *map(str, command[1:]), "--out-dir", str(out)],
+            cwd=folder, capture_output=True, text=True, timeout=timeout, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stderr if code else done.stdout
+
+    return run
