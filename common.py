@@ -161,12 +161,18 @@ def read_swin(path, pretrained=True):
             architecture = json.loads((file.metadata() or {}).get("architecture", "null"))
         weights = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}).\nRestore it, or write it again with tools/pretrain.py.") from error
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}).\nRestore it, or write it again with tools/pretrain.py."
+        ) from error
     if architecture is None:
-        raise UserError(f"{path} does not say its architecture.\nGive a file of tools/pretrain.py, a timm name, or a folder saved by timm.")
+        raise UserError(
+            f"{path} does not say its architecture.\nGive a file of tools/pretrain.py, a timm name, or a folder saved by timm."
+        )
     swin = build_swin(**architecture)
     if pretrained:
-        swin.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)  # masks and indices are built, not stored
+        swin.load_state_dict(
+            {k: v.float() for k, v in weights.items()}, strict=False
+        )  # masks and indices are built, not stored
     return swin
 
 
@@ -198,10 +204,14 @@ def load_source(name, pretrained=True):
         try:
             swin = timm.create_model(wanted, pretrained=pretrained)
         except (OSError, ValueError) as error:  # what huggingface_hub raises when it cannot reach the hub or the file
-            raise UserError(f"--backbone: the weights of {wanted} cannot be had ({type(error).__name__}). Give --backbone a folder\n"
-                            f"that holds them, --backbone tiny-swin, or random:{short} to measure speed only.") from error  # fmt: skip
+            raise UserError(
+                f"--backbone: the weights of {wanted} cannot be had ({type(error).__name__}).\n"
+                f"Give a folder that holds them, tiny-swin, or random:{short} to measure speed only."
+            ) from error
     if not hasattr(swin, "layers") or not hasattr(swin, "patch_embed"):
-        raise UserError(f"--backbone: {name} is a {type(swin).__name__}; only Swin transformers can be cut into embedder and encoder.")
+        raise UserError(
+            f"--backbone: {name} is a {type(swin).__name__}; only Swin transformers can be cut into embedder and encoder."
+        )
     patches, size = swin.patch_embed, swin.patch_embed.img_size[0]
     embedder = Embedder2d(3, swin.embed_dim, size, patches.patch_size[0])
     embedder.project.load_state_dict(patches.proj.state_dict())
@@ -232,7 +242,7 @@ def make_schedule(optimizer, args, steps):
     The official WarmupLR counts micro-batches and spends its first one at rate 0.
     """
     W, T = args.warmup_epochs * steps, args.decay_epochs * steps
-    factor = lambda t: max(0.0, min((t + 1) / max(W, 1), (T - t) / max(T - W, 1)))  # noqa: E731
+    factor = lambda t: max(0.0, min((t + 1) / max(W, 1), (T - t) / max(T - W, 1)))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -273,8 +283,10 @@ def mean_loss(losses, split, step, epoch, args):
         if loss - loss != 0:  # inf or nan
             order, _ = split.plan(len(losses), args.batch_size, args.seed, epoch)
             samples = order[first + i].tolist()
-            raise UserError(f"the loss is {loss} at step {first + i} of epoch {epoch + 1}; its batch: training samples {samples[:8]}...\n"
-                            "Lower --lr or set --clip 1. The last finished epoch is kept: add --resume.")  # fmt: skip
+            raise UserError(
+                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, on training samples {samples[:8]}...\n"
+                "Lower --lr or set --clip 1. The last finished epoch is kept: add --resume."
+            )
     return sum(recent) / len(recent)
 
 
@@ -316,19 +328,29 @@ class Run:
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         if self.last.exists() or self.result_file.exists():
             if not args.resume:
-                raise UserError(f"{self.folder} holds a run already.\nGo on with --resume, choose another --out-dir, or remove the folder.")
+                raise UserError(
+                    f"{self.folder} holds a run already.\nGo on with --resume, choose another --out-dir, or remove the folder."
+                )
             before = json.loads((self.folder / "args.json").read_text())
             free = ("resume", "out_dir", "data_dir", "compile")  # what may change without changing the result
-            other = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in a.items() if k not in free and before.get(k) != json.loads(json.dumps(v))]
+            other = [
+                f"{k} was {before.get(k)!r}, now {v!r}"
+                for k, v in a.items()
+                if k not in free and before.get(k) != json.loads(json.dumps(v))
+            ]
             if other:
-                raise UserError(f"{self.folder} holds another run: {'; '.join(other[:4])}.\nRepeat its options, or choose another --out-dir.")
+                raise UserError(
+                    f"{self.folder} holds another run: {'; '.join(other[:4])}.\n"
+                    "Repeat its options, or choose another --out-dir."
+                )
         if self.result_file.exists():
             print(f"finished before: {self.result_file}\n{self.result_file.read_text()}")
             return False
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "args.json", json.dumps(a, indent=1).encode())
-        print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}, {self.world} process{'es' * (self.world > 1)})")
+        processes = f", {self.world} processes" * (self.world > 1)
+        print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
         return True
 
     @contextlib.contextmanager
@@ -381,15 +403,19 @@ class Run:
         if not self.last.exists():
             return 0
         try:
-            state = torch.load(self.last, map_location=self.device, weights_only=True)
+            state = torch.load(io.BytesIO(self.last.read_bytes()), map_location=self.device, weights_only=True)
             if state["run"] != self.folder.name:
                 raise ValueError(f"it belongs to {state['run']}")
             getattr(net, "module", net).load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.last} is no checkpoint of this run ({str(error).splitlines()[0]}).\nRemove the folder to start over.") from error
-        self.history, self.best, self.best_epoch, self.seconds = (state[k] for k in ("history", "best", "best_epoch", "seconds"))
+            raise UserError(
+                f"{self.last} is no checkpoint of this run ({str(error).splitlines()[0]}).\nRemove the folder to start over."
+            ) from error
+        self.history, self.best, self.best_epoch, self.seconds = (
+            state[k] for k in ("history", "best", "best_epoch", "seconds")
+        )
         print(f"resumed after epoch {len(self.history)}")
         return len(self.history)
 
@@ -398,7 +424,9 @@ class Run:
         epoch = len(self.history)
         self.history.append({"epoch": epoch + 1, **row})
         self.seconds += row["seconds"]
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.history[-1].items()), flush=True)
+        print(
+            "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.history[-1].items()), flush=True
+        )
         improved = row["val"] < self.best  # every metric is an error
         if improved:
             self.best, self.best_epoch = row["val"], epoch + 1
@@ -406,8 +434,16 @@ class Run:
             return
         if improved:
             write(self.best_file, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}))
-        state = {"run": self.folder.name, "net": getattr(net, "module", net).state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                 "history": self.history, "best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds}  # fmt: skip
+        state = {
+            "run": self.folder.name,
+            "net": getattr(net, "module", net).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+        }
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(self.last, buffer.getvalue())
@@ -423,10 +459,13 @@ class Run:
         test = self.evaluate(model, loaded.test, task)
         seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size
         root = Path(__file__).parent
-        commit = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
         result = {
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
-            "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction, "test": test, "test_last": test_last,
+            "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
+            "test": test, "test_last": test_last,
             "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "n_train": len(loaded.train),
             "seconds": round(self.seconds, 1), "samples_per_second": round(seen / self.seconds, 1),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
@@ -435,7 +474,8 @@ class Run:
         if self.rank == 0:
             self.plot(result)
             write(self.result_file, json.dumps(result, indent=1).encode())
-        print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch): {self.result_file}")
+        print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")
+        print(self.result_file)
         return result
 
     def plot(self, result):
@@ -465,7 +505,9 @@ class Run:
         """A bar over the steps of an epoch, on the first process, where somebody watches."""
         from tqdm import tqdm
 
-        return tqdm(batches, f"epoch {epoch + 1}/{self.args.epochs}", steps, leave=False, disable=None if self.rank == 0 else True)
+        return tqdm(
+            batches, f"epoch {epoch + 1}/{self.args.epochs}", steps, leave=False, disable=None if self.rank == 0 else True
+        )
 
 
 def now():

@@ -117,20 +117,28 @@ def fetch(download, data_dir):
             with urllib.request.urlopen(request, timeout=30) as answer:
                 resumed = answer.status == 206
                 total = int(answer.headers.get("Content-Length", 0)) + have * resumed
-                with part.open("ab" if resumed else "wb") as file, tqdm(
-                    desc=path.name, total=total or None, initial=have * resumed, unit="B", unit_scale=True
-                ) as bar:
+                with (
+                    part.open("ab" if resumed else "wb") as file,
+                    tqdm(desc=path.name, total=total or None, initial=have * resumed, unit="B", unit_scale=True) as bar,
+                ):
                     while block := answer.read(1 << 20):
                         file.write(block)
                         bar.update(len(block))
         except urllib.error.HTTPError as error:
             if error.code != 416:  # 416: nothing is missing
-                raise UserError(f"{download.url} answers {error.code}.\nFetch it by hand and put it into {data_dir}.") from error
+                raise UserError(
+                    f"{download.url} answers {error.code}.\nFetch it by hand and put it into {data_dir}."
+                ) from error
             total = have
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise UserError(f"{download.url} cannot be reached ({error}).\nTry again later, or put the file into {data_dir} by hand.") from error
+            raise UserError(
+                f"{download.url} cannot be reached ({error}).\nTry again later, or put the file into {data_dir} by hand."
+            ) from error
         if part.stat().st_size < total:
-            raise UserError(f"{download.url} stopped after {part.stat().st_size:,} of {total:,} bytes.\nThe same command goes on from there.")
+            raise UserError(
+                f"{download.url} stopped after {part.stat().st_size:,} of {total:,} bytes.\n"
+                "The same command goes on from there."
+            )
         if download.md5:
             with part.open("rb") as file:
                 md5 = hashlib.file_digest(file, "md5").hexdigest()
@@ -637,7 +645,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
     except Missing as missing:
         advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` fetches the files."
         if scale != "tiny":
-            raise Missing(f"{task.name}: {missing}\n{advice}") from None
+            raise Missing(f"{task.name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated pictures take the place of {task.name}; {advice}")
         train = task.toy(TOY_TRAIN + TOY_TRAIN // 9, task.shape[1], seed=0)
         test = task.toy(TOY_TEST, task.shape[1], seed=1)
@@ -660,7 +668,9 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu"):
         kind, classes = "official", proxy.classes
     except Missing as missing:
         if scale != "tiny":
-            raise Missing(f"source {name}: {missing}\n`python data.py --prepare {name} --data-dir {data_dir}` fetches it.") from None
+            raise Missing(
+                f"source {name}: {missing}\n`python data.py --prepare {name} --data-dir {data_dir}` fetches it."
+            ) from None
         x, y = toy_pictures(min(n, TOY_TRAIN), proxy.size, seed=2)
         kind, classes = "toy", 20
     print(f"source  {name}: {kind} data, {len(y):,} samples, {classes} classes")

@@ -27,7 +27,7 @@ class Args:
     task: str = "spherical"
     """what to adapt to; `python data.py` lists the tasks"""
     scale: Literal["auto", "tiny", "full"] = "auto"
-    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full if there is a GPU"""
+    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
     """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
     source: Literal["cifar10", "tiny_imagenet"] | None = None
@@ -39,7 +39,7 @@ class Args:
     seed: int = 0
     """of every random draw. One seed is an anecdote: report at least three"""
     init: Literal["copy", "random"] = "copy"
-    """how the target embedder starts: from the pretrained patch projection, or random. Worth more than most methods: vary it first"""
+    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
     as_released: bool = False
     """do what the official code does where it differs from the paper"""
     resume: bool = False
@@ -71,16 +71,16 @@ class Args:
     mode: Literal["naive", "scratch", "frozen", "warmup", "probe"] = "naive"
     """what trains, and from where: see above"""
     embedder_epochs: int | None = None
-    """warmup: epochs in which only the embedder trains, counted in --epochs so that all modes cost the same. Default: a sixth"""
+    """warmup: of --epochs, so many train only the embedder. Default: a sixth"""
 
 
 if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
     args = data.command_line(Args, __doc__)
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-import common  # noqa: E402
+import common
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -130,7 +130,7 @@ def main(args):
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)
     scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
-    print(f"train   {args.epochs} epochs of {steps} steps, batch {args.batch_size} x {args.accumulate}, {args.optimizer} at {args.lr:g}")
+    print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
@@ -157,7 +157,8 @@ def main(args):
             if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
                 bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
         seconds = common.now() - start
-        row = {"loss": losses.mean().item(), "val": run.evaluate(model, loaded.val, task), "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        val = run.evaluate(model, loaded.val, task)
+        row = {"loss": losses.mean().item(), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation

@@ -33,7 +33,7 @@ class Args:
     task: str = "spherical"
     """what to adapt to; `python data.py` lists the tasks"""
     scale: Literal["auto", "tiny", "full"] = "auto"
-    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full if there is a GPU"""
+    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
     """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
     source: Literal["cifar10", "tiny_imagenet"] | None = None
@@ -45,7 +45,7 @@ class Args:
     seed: int = 0
     """of every random draw. One seed is an anecdote: report at least three"""
     init: Literal["copy", "random"] = "copy"
-    """how the target embedder starts: from the pretrained patch projection, or random. Worth more than most methods: vary it first"""
+    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
     as_released: bool = False
     """do what the official code does where it differs from the paper"""
     resume: bool = False
@@ -75,11 +75,11 @@ class Args:
 
     # ---- PaRe
     k_begin: float | None = None
-    """k0 as a share of the N target tokens: 0.64 is the official 2000 of 3136. Try less where the target is far from pictures"""
+    """k0 as a share of the N target tokens; 0.64 is the official 2000 of 3136. Less if pictures are far from the target"""
     k_end: float | None = None
     """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
     ratio: Literal["k/k0", "k/N"] = "k/k0"
-    """lambda, the weight of the source label. k/k0 (text) starts at 1; k/N (code) is the share of source tokens, as in CutMix"""
+    """lambda, the weight of the source label: k/k0 (text) starts at 1, k/N (code) is the share of source tokens, as in CutMix"""
     mix_weight: float = 1.0
     """weight of L_mix in the total loss; the official codes use 1 (classification), 0.3 (dense) and 0.1 (1D)"""
     temperature: float = 0.9
@@ -91,11 +91,11 @@ class Args:
 if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
     args = data.command_line(Args, __doc__)
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-import common  # noqa: E402
+import common
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -193,19 +193,21 @@ def gumbel(like):
 class PaRe(nn.Module):
     """Everything that trains: the model, the gate, and the source predictor h_s, which is dropped in the end."""
 
-    def __init__(self, model, gate, predictor_s):
+    def __init__(self, model, gate, predictor_s, temperature=0.9, noise=0.0):
         super().__init__()
         self.model, self.gate, self.predictor_s = model, gate, predictor_s
+        self.temperature, self.noise = temperature, noise
 
-    def forward(self, x, tokens_s, k, args, gate_trains=True):
+    def forward(self, x, tokens_s, k, gate_trains=True):
         """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); with k = 0 only the first. One pass of the encoder."""
         tokens_t = self.model.embedder(x)  # (B, N, D)
         if k == 0:
             return self.model.predictor(self.model.encoder(tokens_t)), None, None
         scores_t, scores_s = self.gate(tokens_t), self.gate(tokens_s)  # (B, N), (B, N_s)
         if gate_trains:
-            scores_t, scores_s = (s + args.gate_noise * gumbel(s) if args.gate_noise else s for s in (scores_t, scores_s))
-            tokens_m = replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, args.temperature)  # (B, N, D)
+            if self.noise > 0:
+                scores_t, scores_s = (s + self.noise * gumbel(s) for s in (scores_t, scores_s))
+            tokens_m = replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, self.temperature)  # (B, N, D)
         else:
             tokens_m = replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k)  # (B, N, D)
         features, features_m = self.model.encoder(torch.cat([tokens_t, tokens_m])).chunk(2)  # (2B, N, D) -> 2 x (B, n, F)
@@ -213,7 +215,7 @@ class PaRe(nn.Module):
 
 
 def main(args):
-    if args.as_released:  # PaRe: rows P3, P6; P2 is in the recipe, P4, P5 and P8 below
+    if args.as_released:  # PaRe: rows P3, P6; P2 is in the recipe, P4, P5 and P8 come below
         args = replace(args, ratio="k/N", gate_noise=1.0)  # PaRe
 
     # ---- set up: processes, device, seed, data, run folder
@@ -234,11 +236,11 @@ def main(args):
         model.encoder.compile()
 
     # ---- PaRe: gate, source predictor, and the frozen source embedder, which is no part of what trains
-    net = PaRe(model, Gate(source.token_width), common.ClassPredictor(source.feature_width, source_set.classes))
+    gate, predictor_s = Gate(source.token_width), common.ClassPredictor(source.feature_width, source_set.classes)
+    net = PaRe(model, gate, predictor_s, args.temperature, args.gate_noise)
     source.embedder.to(device)
     N, N_s = embedder.tokens, source.embedder.tokens
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
-    last_phase = min(10, args.epochs // 6) if args.as_released else args.epochs  # P4, P5: from this epoch on the gate is left alone
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 
     # ---- optimizer and schedule
@@ -246,7 +248,7 @@ def main(args):
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)
     scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
-    print(f"train   {args.epochs} epochs of {steps} steps, batch {args.batch_size} x {args.accumulate}, {args.optimizer} at {args.lr:g}")
+    print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
@@ -257,6 +259,7 @@ def main(args):
         batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)  # PaRe
         k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
         lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
+        gate_trains = not args.as_released or epoch < min(10, args.epochs // 6)  # PaRe: rows P4, P5
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, epoch)):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
@@ -264,7 +267,7 @@ def main(args):
                 x_s, y_s = next(batches_s)  # PaRe
                 with run.autocast():
                     tokens_s = source.embedder(x_s)  # PaRe: (B, N_s, D), frozen
-                    out, out_m, out_ms = net(x, tokens_s, k, args, gate_trains=epoch < last_phase)  # PaRe: (B, K), (B, K), (B, K_s)
+                    out, out_m, out_ms = net(x, tokens_s, k, gate_trains)  # PaRe: (B, K), (B, K), (B, K_s)
                 loss = task.loss(out, y)
                 if k > 0:  # PaRe: L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)
                     loss_mix = (1 - lam) * task.loss(out_m, y) + lam * F.cross_entropy(out_ms.float(), y_s)  # PaRe: line 5
@@ -280,7 +283,8 @@ def main(args):
             if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
                 bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
         seconds = common.now() - start
-        row = {"loss": losses.mean().item(), "val": run.evaluate(model, loaded.val, task), "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        val = run.evaluate(model, loaded.val, task)
+        row = {"loss": losses.mean().item(), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         row |= {"k": k, "lambda": lam}  # PaRe
         run.end_epoch(net, model, optimizer, scheduler, row)
 

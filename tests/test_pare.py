@@ -44,7 +44,9 @@ def test_exactly_k_tokens_come_from_the_source_and_the_kept_ones_are_the_best():
 
 
 def test_ties_still_replace_exactly_k():
-    mixed = pare.replace_patches(torch.zeros(2, 10, 1), torch.ones(2, 10, 1), torch.full((2, 10), 0.5), torch.full((2, 10), 0.5), 4)
+    mixed = pare.replace_patches(
+        torch.zeros(2, 10, 1), torch.ones(2, 10, 1), torch.full((2, 10), 0.5), torch.full((2, 10), 0.5), 4
+    )
     assert mixed.sum((1, 2)).tolist() == [4, 4]
 
 
@@ -113,7 +115,9 @@ def tiny_net(seed=0):
 
     torch.manual_seed(seed)
     source = common.load_source("tiny-swin")
-    model = common.Model(common.Embedder2d(3, source.token_width, source.size), source.encoder, common.ClassPredictor(source.feature_width, 5))
+    model = common.Model(
+        common.Embedder2d(3, source.token_width, source.size), source.encoder, common.ClassPredictor(source.feature_width, 5)
+    )
     return pare.PaRe(model, pare.Gate(source.token_width), common.ClassPredictor(source.feature_width, 7)), source
 
 
@@ -132,16 +136,15 @@ def test_the_gate_learns_from_both_sides():
 def test_forward_equals_separate_passes_and_the_released_second_phase_leaves_the_gate_alone():
     net, source = tiny_net()
     x, tokens_s = torch.randn(2, 3, 32, 32), torch.randn(2, 64, source.token_width)
-    args = pare.Args()
-    out, out_m, out_ms = net(x, tokens_s, 20, args)
+    out, out_m, out_ms = net(x, tokens_s, 20)
     assert out.shape == out_m.shape == (2, 5) and out_ms.shape == (2, 7)
     assert torch.allclose(out, net.model(x), atol=1e-5)
     tokens_t = net.model.embedder(x)
     tokens_m = pare.replace_patches(tokens_t, tokens_s, net.gate(tokens_t), net.gate(tokens_s), 20)
     assert torch.allclose(out_ms, net.predictor_s(net.model.encoder(tokens_m)), atol=1e-5)
-    assert net(x, tokens_s, 0, args)[1:] == (None, None)
+    assert net(x, tokens_s, 0)[1:] == (None, None)
 
-    _, _, out_ms = net(x, tokens_s, 20, args, gate_trains=False)
+    _, _, out_ms = net(x, tokens_s, 20, gate_trains=False)
     out_ms.sum().backward()
     assert net.gate.linear.weight.grad is None
 
@@ -151,4 +154,6 @@ def test_released_second_phase_replaces_the_highest_in_order_of_score():
     scores_t, scores_s = torch.tensor([[0.5, 0.9, 0.1, 0.7, 0.3]]), torch.tensor([[0.2, 0.8, 0.1, 0.9, 0.3]])
     # the two highest target tokens are 3 (0.7), 1 (0.9); the two highest source tokens 3 (40), 1 (20): lowest takes highest
     assert pare.replace_as_released(tokens_t, tokens_s, scores_t, scores_s, 2).flatten().tolist() == [0, 20, 0, 40, 0]
-    assert torch.equal(pare.replace_as_released(tokens_t, tokens_s, scores_t, scores_s, 0), tokens_t)  # P9: the official code fails
+    assert torch.equal(
+        pare.replace_as_released(tokens_t, tokens_s, scores_t, scores_s, 0), tokens_t
+    )  # P9: the official code fails

@@ -6,7 +6,6 @@ The file carries its architecture, so `--backbone PATH` of the method files load
 """
 
 import json
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+import data
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,18 @@ class Args:
 if __name__ == "__main__":
     args = data.command_line(Args, __doc__)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-import common  # noqa: E402
+import common
 
 CARD = """# {name}
 
-A Swin transformer of {parameters:.2f}M parameters for {size} x {size} pictures: {tokens} tokens of width {width}, depths {depths}.
+A Swin transformer of {parameters:.2f}M parameters for {size} x {size} pictures: {tokens} tokens of width {width}, depths
+{depths}.
 
 | | |
 |---|---|
@@ -84,7 +84,10 @@ def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     proxy, start = data.PROXIES["tiny_imagenet"], time.time()
-    splits = {s: data.Split(*data.read_tiny_imagenet(Path(args.data_dir), s), 200, "official", proxy, device) for s in ("train", "val")}
+    splits = {
+        s: data.Split(*data.read_tiny_imagenet(Path(args.data_dir), s), 200, "official", proxy, device)
+        for s in ("train", "val")
+    }
     train, val = splits["train"], splits["val"]
     train.augment = lambda x, u: resized(data.resized_crop_and_flip(x, u, scale=(args.crop, 1)))
     print(f"{len(train):,} training and {len(val):,} validation images read in {time.time() - start:.0f} s")
@@ -111,30 +114,47 @@ def main(args):
     def top1(model):
         model.eval()
         with torch.autocast(device.type, torch.bfloat16):
-            right = [model(resized(val.inputs(i))).argmax(1) == val.y[i] for i in torch.arange(len(val), device=device).split(500)]
+            right = [
+                model(resized(val.inputs(i))).argmax(1) == val.y[i] for i in torch.arange(len(val), device=device).split(500)
+            ]
         return torch.cat(right).float().mean().item()
 
     def save(epoch):
         """Weights and card, together; the top-1 is that of the rounded weights."""
-        weights = {k: v.half() for k, v in model.state_dict().items() if "relative_position_index" not in k and "attn_mask" not in k}
+        weights = {
+            k: v.half() for k, v in model.state_dict().items() if "relative_position_index" not in k and "attn_mask" not in k
+        }
         rounded = common.build_swin(**architecture).to(device)
         rounded.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
         path = Path(args.out).with_suffix(".safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, path, metadata={"architecture": json.dumps(architecture)})
         score = top1(rounded)
-        path.with_suffix(".md").write_text(CARD.format(
-            **asdict(args) | dict(depths=tuple(args.depths)), name=path.stem, parameters=parameters / 1e6, tokens=(args.size // 4) ** 2,
-            n_train=len(train), per_class=len(train) // 200, n_val=len(val), command="python " + " ".join(sys.argv), epoch=epoch + 1,
-            hours=(time.time() - start) / 3600, torch=torch.__version__, top1=score, megabytes=path.stat().st_size / 1e6,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores ({platform.machine()})",
-        ))  # fmt: skip
+        card = asdict(args) | {
+            "name": path.stem,
+            "depths": tuple(args.depths),
+            "parameters": parameters / 1e6,
+            "tokens": (args.size // 4) ** 2,
+            "n_train": len(train),
+            "per_class": len(train) // 200,
+            "n_val": len(val),
+            "command": "python " + " ".join(sys.argv),
+            "epoch": epoch + 1,
+            "hours": (time.time() - start) / 3600,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores",
+            "torch": torch.__version__,
+            "top1": score,
+            "megabytes": path.stat().st_size / 1e6,
+        }
+        path.with_suffix(".md").write_text(CARD.format(**card))
         return score
 
     for epoch in range(args.epochs):
         model.train()
         losses = torch.zeros(steps, device=device)
-        for step, (x, y) in enumerate(tqdm(train.batches(steps, args.batch_size, args.seed, epoch), f"epoch {epoch + 1}", steps, leave=False)):
+        for step, (x, y) in enumerate(
+            tqdm(train.batches(steps, args.batch_size, args.seed, epoch), f"epoch {epoch + 1}", steps, leave=False)
+        ):
             with torch.autocast(device.type, torch.bfloat16):
                 out = forward(x)
             loss = F.cross_entropy(out.float(), y, label_smoothing=args.label_smoothing)
@@ -144,7 +164,9 @@ def main(args):
             schedule.step()
             optimizer.zero_grad()
             losses[step] = loss.detach()
-        print(f"epoch {epoch + 1:3d}  loss {losses.mean():.3f}  top-1 {save(epoch):.3f}  {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1:3d}  loss {losses.mean():.3f}  top-1 {save(epoch):.3f}  {time.time() - start:.0f} s", flush=True
+        )
 
 
 if __name__ == "__main__":

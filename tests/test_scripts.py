@@ -1,0 +1,247 @@
+"""The scripts as a user runs them: subprocesses, toy data, the tiny backbone, seconds each."""
+
+import difflib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+METHODS = ["pare", "finetune"]
+SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 320, "--epochs", 3]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["net"]
+
+
+def rows(folder):
+    """metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(script, tmp_path_factory):
+    """PaRe, three short epochs; several tests compare with it."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return script("pare.py", *SHORT, out=out), out / "spherical-pare-tiny-swin-s0-toy"
+
+
+# ---- end to end
+
+
+def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
+    said, folder = uninterrupted
+    assert "TOY DATA" in said and "k from 41" in said
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"args.json", "metrics.jsonl", "curves.png", "last.pt", "best.safetensors", "result.json"}
+    history, r = rows(folder), result(folder)
+    assert history[-1]["loss"] < history[0]["loss"] and [row["k"] for row in history] == [41, 27, 13]
+    assert [round(row["lambda"], 3) for row in history] == [1.0, round(27 / 41, 3), round(13 / 41, 3)]
+    assert r["data"] == "toy" and r["source"] == "tiny_imagenet" and r["n_train"] == 320 and r["method"] == "pare"
+    assert r["val"] == min(row["val"] for row in history) == history[r["best_epoch"] - 1]["val"]
+    assert 0 <= r["test"] <= 1 and r["samples_per_second"] > 0 and r["direction"] == "min"
+    args = json.loads((folder / "args.json").read_text())
+    assert args["lr"] is not None and args["scale"] == "tiny"
+    assert any(name.startswith("gate") for name in weights(folder))
+    assert {name.split(".")[0] for name in load_file(folder / "best.safetensors")} == {"embedder", "encoder", "predictor"}
+
+
+@pytest.mark.parametrize("mode", ["naive", "scratch", "frozen", "warmup", "probe"])
+def test_each_baseline_learns_and_trains_what_it_says(script, tmp_path, mode):
+    import common
+
+    script("finetune.py", *SHORT, "--mode", mode, *(["--embedder-epochs", 3] if mode == "warmup" else []), out=tmp_path)
+    folder = tmp_path / f"spherical-{mode}-tiny-swin-s0-toy"
+    assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"]
+    assert result(folder)["method"] == mode and result(folder)["source"] is None
+    after, source = weights(folder), common.load_source("tiny-swin")
+    before = {f"encoder.{k}": v for k, v in source.encoder.state_dict().items()}
+    before |= {f"embedder.{k}": v for k, v in source.embedder.state_dict().items()}
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    parameters = {f"encoder.{k}" for k, _ in source.encoder.named_parameters()} | {
+        k for k in before if k.startswith("embedder")
+    }
+    body = {name for name in parameters if any(part in name for part in ("qkv", "attn.proj", "mlp"))}
+    expected = {"naive": parameters, "scratch": parameters, "frozen": parameters - body, "probe": set()}
+    expected["warmup"] = {name for name in parameters if name.startswith("embedder")}  # all three epochs are warm-up here
+    assert changed == expected[mode]
+
+
+def test_as_released_runs_both_phases(script, tmp_path):
+    said = script("pare.py", *SHORT[:-1], 6, "--as-released", out=tmp_path)
+    assert "lambda = k/N" in said
+    ks = [row["k"] for row in rows(tmp_path / "spherical-pare-tiny-swin-s0-toy")]
+    assert ks[0] == 41 and ks[-1] == int(41 - 31 * 5 / 6)
+
+
+# ---- killed, resumed, continued
+
+
+def test_killed_in_the_middle_and_resumed_is_bit_identical(script, uninterrupted, tmp_path):
+    command = [sys.executable, str(ROOT / "pare.py"), *map(str, SHORT), "--out-dir", str(tmp_path)]
+    folder = tmp_path / "spherical-pare-tiny-swin-s0-toy"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists() and 1 <= len(rows(folder)) < 3
+    assert "--resume" in script("pare.py", *SHORT, out=tmp_path, code=2)  # not overwritten silently
+    assert "another run: seed" not in script("pare.py", *SHORT, "--resume", out=tmp_path)
+    whole = uninterrupted[1]
+    assert rows(folder) == rows(whole)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(folder)[name]), name
+    assert result(folder)["test"] == result(whole)["test"]
+
+
+def test_a_finished_run_is_neither_repeated_nor_overwritten(script, uninterrupted):
+    folder = uninterrupted[1]
+    before = (folder / "result.json").read_bytes()
+    error = script("pare.py", *SHORT, out=folder.parent, code=2)
+    assert "holds a run already" in error and len(error.splitlines()) == 2
+    assert "finished before" in script("pare.py", *SHORT, "--resume", out=folder.parent)
+    assert "lr was" in script("pare.py", *SHORT, "--resume", "--lr", 0.1, out=folder.parent, code=2)
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path):
+    said = script("finetune.py", *SHORT[:-1], 1, out=tmp_path)
+    folder = tmp_path / "spherical-naive-tiny-swin-s0-toy"
+    assert "toy data" in said
+    (folder / "result.json").unlink()
+    (folder / "last.pt").write_bytes((uninterrupted[1] / "last.pt").read_bytes())
+    error = script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
+    assert "is no checkpoint of this run" in error and "spherical-pare" in error
+    (folder / "last.pt").write_bytes((uninterrupted[1] / "last.pt").read_bytes()[:5000])
+    assert "is no checkpoint of this run" in script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
+
+
+# ---- the same result however the work is cut
+
+SGD = [
+    "--task",
+    "spherical",
+    "--scale",
+    "tiny",
+    "--n-train",
+    160,
+    "--epochs",
+    1,
+    "--optimizer",
+    "sgd",
+    "--lr",
+    0.05,
+    "--clip",
+    0,
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_and_accumulation_give_the_weights_of_one(script, tmp_path, method):
+    ways = {"one": [], "two": [], "accumulated": ["--batch-size", 16, "--accumulate", 2]}
+    for way, options in ways.items():
+        script(f"{method}.py", *SGD, *options, out=tmp_path / way, processes=2 if way == "two" else 1)
+    name = f"spherical-{'naive' if method == 'finetune' else method}-tiny-swin-s0-toy"
+    one = weights(tmp_path / "one" / name)
+    start = weights_before(method)
+    for way in ("two", "accumulated"):
+        other = weights(tmp_path / way / name)
+        assert rows(tmp_path / way / name)[0]["val"] == pytest.approx(rows(tmp_path / "one" / name)[0]["val"], abs=0.01)
+        for key, value in one.items():
+            assert torch.allclose(value, other[key], atol=2e-5), (way, key)
+    moved = sum((one[key] - value).abs().sum().item() for key, value in start.items() if key in one)
+    assert moved > 1  # the weights that agree have left their start
+
+
+def weights_before(method):
+    import common
+
+    prefix = "model." if method == "pare" else ""
+    return {f"{prefix}encoder.{k}": v for k, v in common.load_source("tiny-swin").encoder.named_parameters()}
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--task", "spherica"], "perhaps spherical"),
+        (["--epochs", "0"], "must be positive"),
+        (["--backbone", "swin_bse"], "no model is called"),
+        (["--scale", "full", "--backbone", "tiny-swin"], "python data.py --prepare spherical"),
+        (["--lr", "1e30", "--clip", "0", "--n-train", "320"], "Lower --lr"),
+    ],
+)
+def test_a_mistake_costs_two_lines_and_exit_code_2(script, tmp_path, options, words):
+    error = script("pare.py", *options, *([] if "--scale" in options else ["--scale", "tiny"]), out=tmp_path, code=2)
+    lines = [line for line in error.splitlines() if "%|" not in line]  # without the progress bar
+    assert words in error and len(lines) <= 2 and "Traceback" not in error
+    assert not list(tmp_path.glob("*/result.json"))
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(script, tmp_path):
+    assert "--task" in script("pare.py", "--tsk", "spherical", out=tmp_path, code=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_and_a_mistyped_task_answer_at_once(method):
+    for options, code in ((["--help"], 0), (["--task", "spherica"], 2)):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, ROOT / f"{method}.py", *options], capture_output=True, text=True)
+        assert done.returncode == code and time.perf_counter() - start < 2
+
+
+def test_no_room_on_the_disk_is_said_and_nothing_is_lost(script, tmp_path):
+    folder = tmp_path / "spherical-naive-tiny-swin-s0-toy"
+    folder.mkdir(parents=True)
+    (folder / "last.pt.part").symlink_to("/dev/full")
+    error = script("finetune.py", *SHORT, out=tmp_path, code=2)
+    assert "no space left" in error and "last.pt" in error and "Traceback" not in error
+    script("finetune.py", *SHORT, "--resume", out=tmp_path)  # the disk has room again
+
+
+# ---- the house
+
+
+def sections(method):
+    """(common fields of Args, main without the lines and blocks that are marked as the method's)."""
+    text = (ROOT / f"{method}.py").read_text()
+    fields = text[text.index("    # ---- the same in every method file") : text.index(f"    # ---- {NAMES[method]}\n")]
+    main = text[text.index("def main(args):") :]
+    main = re.sub(rf"    # ---- {NAMES[method]}:.*?(?=    # ---- )", "", main, flags=re.S)
+    return fields, [line for line in main.splitlines() if f"# {NAMES[method]}" not in line and line.strip()]
+
+
+NAMES = {"pare": "PaRe", "orca": "ORCA", "mona": "MoNA", "finetune": "finetune"}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "pare"])
+def test_the_loop_is_the_same_text_in_every_method_file(method):
+    fields, main = sections(method)
+    fields_pare, main_pare = sections("pare")
+    assert fields == fields_pare
+    assert main == main_pare, "\n".join(difflib.unified_diff(main_pare, main, lineterm=""))
+
+
+@pytest.mark.parametrize("file", ["common.py", "data.py", *(f"{m}.py" for m in METHODS)])
+def test_a_file_imports_only_what_the_house_allows(file):
+    allowed = {"data.py": set(), "common.py": {"data"}}.get(file, {"common", "data"})
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", (ROOT / file).read_text(), flags=re.M))
+    assert imported & {path.stem for path in ROOT.glob("*.py")} <= allowed

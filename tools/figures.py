@@ -1,0 +1,112 @@
+"""Pictures for README and docs, drawn by the project's own code.
+
+python tools/figures.py idea       docs/idea.png: what PaRe does, on a toy picture
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+
+
+@dataclass(frozen=True)
+class Args:
+    what: Annotated[Literal["idea"], tyro.conf.Positional]
+    """which picture"""
+    out: str = str(ROOT / "docs")
+    """folder it is written to, as WHAT.png"""
+
+
+if __name__ == "__main__":
+    args = data.command_line(Args, __doc__)
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+import pare
+
+PICK_S, PICK_T = 5, 23  # which toy pictures
+SIDE, PATCH = 64, 8  # the picture in pixels, a patch: 8 x 8 patches
+SOURCE, TARGET = "#d1495b", "#00798c"
+
+
+def patches(picture):
+    """(3, 64, 64) -> (1, 64, 192): what the embedder sees as tokens."""
+    return F.unfold(picture[None], PATCH, stride=PATCH).transpose(1, 2)
+
+
+def picture(tokens):
+    """(1, 64, 192) -> (64, 64, 3)"""
+    return F.fold(tokens.transpose(1, 2), (SIDE, SIDE), PATCH, stride=PATCH)[0].permute(1, 2, 0)
+
+
+def idea(args):
+    flat, sphere = data.toy_pictures(40, 64, seed=7)[0], data.toy_spherical(40, 60, seed=3)[0]
+    calm = flat[:, :, :8].astype(float).std((2, 3)).sum(1).argsort()  # plain backgrounds first
+    tokens_s = patches(torch.from_numpy(flat[calm[PICK_S]]).float() / 255)
+    target = F.interpolate(torch.from_numpy(sphere).float() / 255, (SIDE, SIDE), mode="bilinear")
+    tokens_t = patches(target[PICK_T])
+    untie = 1e-4 * torch.rand(1, 64, generator=torch.Generator().manual_seed(0))
+    scores_t, scores_s = tokens_t.std(2) + untie, tokens_s.std(2)  # contrast stands in for a trained gate
+    epochs, k0 = 5, 41
+
+    figure, axes = plt.subplots(1, 7, figsize=(13.5, 3.5), width_ratios=[1, 0.22, 1, 1, 1, 0.22, 1])
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.83, bottom=0.30, wspace=0.08)
+    for axis in axes:
+        axis.axis("off")
+    axes[0].imshow(picture(tokens_s))
+    axes[0].set_title("source\nthe pretraining modality", color=SOURCE, fontsize=11)
+    for axis, epoch in zip(axes[2:5], (0, 2, 4), strict=True):
+        k = pare.schedule(epoch, epochs, k0)
+        axis.imshow(picture(pare.replace_patches(tokens_t, tokens_s, scores_t, scores_s, k)))
+        for i in scores_t[0].argsort()[:k].tolist():
+            axis.add_patch(
+                Rectangle(
+                    (i % 8 * PATCH - 0.5, i // 8 * PATCH - 0.5), PATCH, PATCH, fill=False, edgecolor=SOURCE, linewidth=1.1
+                )
+            )
+        axis.set_title(f"epoch {epoch} of {epochs}\nk = {k} of 64 patches", fontsize=11)
+    axes[6].imshow(picture(tokens_t))
+    axes[6].set_title("target\na modality never seen", color=TARGET, fontsize=11)
+    for axis, text in ((axes[1], "the k that\nmatter most"), (axes[5], "all but the k that\nmatter least")):
+        axis.set(xlim=(0, 1), ylim=(0, 1))
+        begin, end = ((0.0, 0.5), (1.0, 0.5)) if axis is axes[1] else ((1.0, 0.5), (0.0, 0.5))
+        axis.add_patch(FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=14, color="0.3", clip_on=False))
+        axis.text(0.5, 0.56, text, ha="center", va="bottom", fontsize=8, color="0.3")
+
+    strip = figure.add_axes([0.01, 0.0, 0.98, 0.26])
+    strip.set(xlim=(0, 100), ylim=(0, 10))
+    strip.axis("off")
+    boxes = [
+        (17, "embedder", "patches to tokens,\nnew for the target"),
+        (39, "gate", "scores patches,\nreplaces k of them"),
+        (61, "encoder", "the pretrained transformer,\nfine-tuned"),
+        (83, "predictors", "target label (1 - λ) + source label λ,\nλ = k / k0"),
+    ]
+    strip.text(3, 6.3, "target, source", fontsize=10, ha="center", va="center")
+    for x, name, what in boxes:
+        strip.add_patch(FancyBboxPatch((x - 7, 4.6), 14, 3.4, boxstyle="round,pad=0.3", facecolor="0.94", edgecolor="0.3"))
+        strip.text(x, 6.3, name, ha="center", va="center", fontsize=11, weight="bold")
+        strip.text(x, 3.4, what, ha="center", va="top", fontsize=8.5, color="0.3")
+    for x in (7.2, 24.7, 46.7, 68.7):
+        strip.add_patch(
+            FancyArrowPatch((x, 6.3), (x + (2.2 if x < 10 else 6.8), 6.3), arrowstyle="-|>", mutation_scale=12, color="0.3")
+        )
+    path = Path(args.out) / "idea.png"
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+if __name__ == "__main__":
+    data.guarded({"idea": idea}[args.what], args)
