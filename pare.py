@@ -79,7 +79,7 @@ class Args:
     k_end: float | None = None
     """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
     ratio: Literal["k/k0", "k/N"] = "k/k0"
-    """lambda, the weight of the source label: k/k0 (text) starts at 1, k/N (code) is the share of source tokens, as in CutMix"""
+    """lambda, the weight of the source label: k/k0 (text) starts at 1, k/N (code) is the share of source tokens: CutMix"""
     mix_weight: float = 1.0
     """weight of L_mix in the total loss; the official codes use 1 (classification), 0.3 (dense) and 0.1 (1D)"""
     temperature: float = 0.9

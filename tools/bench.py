@@ -106,7 +106,7 @@ def topk(args):
         else f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
     )
     print(
-        f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}; forward and backward; {machine}, torch {torch.__version__},"
+        f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward, {machine}, torch {torch.__version__}"
     )
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(f"| {'operator':22} | {'seconds':27} | extra MB | times faster |\n|---|---|---|---|")

@@ -35,8 +35,8 @@ class Args:
     """token width D; every later stage has twice the width of the one before"""
     depths: tuple[int, ...] = (2, 4)
     """blocks in each stage; each stage after the first has a quarter of the tokens"""
-    epochs: int = 100
-    """more helps: at 32 x 32 and 1M parameters the validation error still fell at 100"""
+    epochs: int = 80
+    """more helps a little; without --cutmix the validation error stands still after 40"""
     batch_size: int = 256
     """samples in a step"""
     lr: float = 2e-3
@@ -47,6 +47,8 @@ class Args:
     """share of the label spread over all classes"""
     crop: float = 0.25
     """smallest area of the random crop; small models want gentle crops"""
+    cutmix: float = 0.5
+    """share of the batches in which every picture carries a box of another one, and its label in proportion"""
     seed: int = 0
     """of weights, order and augmentation"""
     compile: bool = True
@@ -78,6 +80,16 @@ A Swin transformer of {parameters:.2f}M parameters for {size} x {size} pictures:
 | size | {megabytes:.1f} MB, fp16 |
 | licence | the weights are ours (MIT); Tiny-ImageNet is for non-commercial research |
 """
+
+
+def cutmix(x, y):
+    """CutMix (Yun et al. 2019), one box for the batch: the pictures, the labels in the box, and the box's share of the area."""
+    size = x.shape[-1]
+    side = round(size * (1 - torch.rand(()).item()) ** 0.5)
+    top, left = torch.randint(size - side + 1, (2,)).tolist()
+    x = x.clone()
+    x[:, :, top : top + side, left : left + side] = x.roll(1, 0)[:, :, top : top + side, left : left + side]
+    return x, y.roll(1), (side / size) ** 2
 
 
 def main(args):
@@ -155,9 +167,13 @@ def main(args):
         for step, (x, y) in enumerate(
             tqdm(train.batches(steps, args.batch_size, args.seed, epoch), f"epoch {epoch + 1}", steps, leave=False)
         ):
+            other, share = y, 0.0
+            if torch.rand(()) < args.cutmix:
+                x, other, share = cutmix(x, y)
             with torch.autocast(device.type, torch.bfloat16):
-                out = forward(x)
-            loss = F.cross_entropy(out.float(), y, label_smoothing=args.label_smoothing)
+                out = forward(x).float()
+            losses_of = [F.cross_entropy(out, label, label_smoothing=args.label_smoothing) for label in (y, other)]
+            loss = (1 - share) * losses_of[0] + share * losses_of[1]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
