@@ -476,6 +476,8 @@ class Run:
             write(self.result_file, json.dumps(result, indent=1).encode())
         print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")
         print(self.result_file)
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
         return result
 
     def plot(self, result):

@@ -671,7 +671,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu"):
             raise Missing(
                 f"source {name}: {missing}\n`python data.py --prepare {name} --data-dir {data_dir}` fetches it."
             ) from None
-        x, y = toy_pictures(min(n, TOY_TRAIN), proxy.size, seed=2)
+        x, y = toy_pictures(min(n, TOY_TEST), proxy.size, seed=2)
         kind, classes = "toy", 20
     print(f"source  {name}: {kind} data, {len(y):,} samples, {classes} classes")
     return Split(x, y, classes, kind, proxy, device)

@@ -1,0 +1,69 @@
+"""The tools, on the smallest thing each can do."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+
+
+def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in [f"train/n{c:03}/images/n{c:03}_{i}.JPEG" for c in range(200) for i in range(2)] + ["val/images/val_0.JPEG"]:
+        path = tmp_path / "tiny-imagenet-200" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+        path.write_bytes(file.getvalue())
+    (tmp_path / "tiny-imagenet-200/val/val_annotations.txt").write_text("val_0.JPEG\tn007\t0\t0\t9\t9\n")
+    small = ["--size", 16, "--window", 2, "--width", 32, "--depths", 1, 1, "--epochs", 1, "--batch-size", 100, "--no-compile"]
+    script("tools/pretrain.py", "images", "--data-dir", tmp_path, *small, out=tmp_path / "small")
+    card = (tmp_path / "small.md").read_text()
+    assert "400 training images (2 a class)" in card and "1 of 1 epochs" in card
+    source = common.load_source(str(tmp_path / "small.safetensors"))
+    assert (source.size, source.token_width, source.feature_width) == (16, 32, 64)
+    assert source.encoder(source.embedder(torch.randn(2, 3, 64, 64))).shape == (2, 4, 64)
+
+
+def test_reproduce_skips_what_is_finished_and_prints_the_table(script, tmp_path):
+    command = ["tools/reproduce.py", "--methods", "probe", "--seeds", 2, "--options=--n-train 64 --epochs 1"]
+    table = script(*command, out=tmp_path)
+    files = sorted(tmp_path.glob("*/result.json"))
+    errors = [json.loads(file.read_text())["test"] for file in files]
+    assert len(files) == 2 and f"| probe | {np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f}" in table
+    before = [file.stat().st_mtime_ns for file in files]
+    assert script(*command, out=tmp_path) == table and [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_the_operator_that_the_bench_compares_with_makes_the_same_hard_choice():
+    from tools import bench
+
+    scores = torch.rand(3, 40)
+    for k in (1, 7, 39):
+        assert torch.equal(bench.n_softmaxes(scores, k).round(), bench.OPERATORS["threshold (ours)"](scores, k))
+
+
+def test_the_picture_of_the_idea_can_be_drawn_again(script, tmp_path):
+    script("tools/figures.py", "idea", out=tmp_path, option="--out")
+    assert Image.open(tmp_path / "idea.png").size[0] > 1000
+
+
+def test_torch_and_torchvision_that_do_not_fit_cost_two_lines(monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def broken(name, *rest):
+        if name == "timm":
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(data.UserError, match="do not fit together") as error:
+        common.import_timm()
+    assert len(str(error.value).splitlines()) == 2
