@@ -48,6 +48,9 @@ def command_line(Args, doc):
         for name in ("epochs", "n_train", "batch_size", "accumulate", "lr"):
             if (value := getattr(args, name, None)) is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be positive.")
+        for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32)):
+            if not 0 <= (getattr(args, name, None) or 0) <= most:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and {most}.")
         return args
 
     return guarded(read)
@@ -346,15 +349,15 @@ def read_spherical(data_dir, cache):
 
 
 def toy_pictures(n, size, seed):
-    """Pictures whose class is a shape (5) and the texture inside it (4) together: 20 classes.
+    """Pictures whose class is a shape (ring, triangle, cross) and the texture inside it (plain, stripes, dots) together.
 
-    Place, size, angle and all colours are random, and the background carries a texture of its own, so neither the colours
-    nor the texture alone nor the outline alone tell the class.
+    Place, size, angle and all colours are random, so neither the colours nor the texture alone nor the outline alone tell
+    the class.
 
-    Returns: images (n, 3, size, size) uint8, labels (n,) int64 = 4 shape + texture.
+    Returns: images (n, 3, size, size) uint8, labels (n,) int64 in 0..8, 3 shape + texture.
     """
     rng = np.random.default_rng(seed)
-    shape, texture, behind = rng.integers(5, size=n), rng.integers(4, size=n), rng.integers(4, size=n)
+    shape, texture = rng.integers(3, size=n), rng.integers(3, size=n)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     row, column = axis[None, :, None], axis[None, None, :]  # the picture is [-1, 1] x [-1, 1]
 
@@ -365,25 +368,24 @@ def toy_pictures(n, size, seed):
         c, s = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
         return c * rows + s * columns, c * columns - s * rows
 
-    def pattern(kind):  # (n, size, size) in {0, 1}; a period is about a sixth of the picture
+    def pattern(kind):  # (n, size, size) in {0, 1}; a period is about a quarter of the picture
         u, v = turned(row, column, uniform(0, 2 * np.pi))
-        frequency, phase = uniform(16, 24, 1, 1), uniform(0, 2 * np.pi, 2, 1, 1)
+        frequency, phase = uniform(10, 14, 1, 1), uniform(0, 2 * np.pi, 2, 1, 1)
         a, b = np.sin(frequency * u + phase[:, 0]), np.sin(frequency * v + phase[:, 1])
-        kinds = [np.zeros_like(a), a, a * b, a + b - 0.7]  # plain, stripes, checks, dots
+        kinds = [np.zeros_like(a), a, a + b - 0.7]  # plain, stripes, dots
         return np.take_along_axis(np.stack(kinds), kind[None, :, None, None], axis=0)[0] > 0
 
-    radius = uniform(0.55, 0.85)[:, None, None]
-    u, v = turned(row - uniform(-0.2, 0.2)[:, None, None], column - uniform(-0.2, 0.2)[:, None, None], uniform(0, 2 * np.pi))
+    radius = uniform(0.7, 0.95)[:, None, None]
+    u, v = turned(row - uniform(-0.1, 0.1)[:, None, None], column - uniform(-0.1, 0.1)[:, None, None], uniform(0, 2 * np.pi))
     u, v = u / radius, v / radius
     r, big, small = np.hypot(u, v), np.maximum(abs(u), abs(v)), np.minimum(abs(u), abs(v))
     triangle = np.maximum(abs(v) * 0.866 + u * 0.5, -u)  # distance to the nearest side
-    inside = [r < 0.9, big < 0.8, triangle < 0.55, (r > 0.55) & (r < 1), (small < 0.3) & (big < 1)]
+    inside = [(r > 0.45) & (r < 1), triangle < 0.55, (small < 0.3) & (big < 1)]  # ring, triangle, cross
     inside = np.take_along_axis(np.stack(inside), shape[None, :, None, None], axis=0)[0][:, None]  # (n, 1, size, size)
-    colours = uniform(0, 255, 4, 3, 1, 1)
+    colours = uniform(0, 255, 3, 3, 1, 1)
     front = np.where(pattern(texture)[:, None], colours[:, 0], colours[:, 1])
-    back = np.where(pattern(behind)[:, None], colours[:, 2], colours[:, 3])
-    x = np.where(inside, front, back) + rng.normal(0, 15, (n, 3, size, size)).astype(np.float32)
-    return x.clip(0, 255).astype(np.uint8), 4 * shape + texture
+    x = np.where(inside, front, colours[:, 2]) + rng.normal(0, 15, (n, 3, size, size)).astype(np.float32)
+    return x.clip(0, 255).astype(np.uint8), 3 * shape + texture
 
 
 def toy_spherical(n, size, seed):
@@ -538,7 +540,7 @@ PROXIES = {
 
 # The tiny scale has one recipe for every method and task: no method is tuned alone.
 TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, n_train=5000)
-TOY_TRAIN, TOY_TEST = 2000, 1000
+TOY_TRAIN, TOY_TEST = 3000, 1000
 SOURCE_SAMPLES = 5000  # as in the official codes
 
 
@@ -672,7 +674,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu"):
                 f"source {name}: {missing}\n`python data.py --prepare {name} --data-dir {data_dir}` fetches it."
             ) from None
         x, y = toy_pictures(min(n, TOY_TEST), proxy.size, seed=2)
-        kind, classes = "toy", 20
+        kind, classes = "toy", 9
     print(f"source  {name}: {kind} data, {len(y):,} samples, {classes} classes")
     return Split(x, y, classes, kind, proxy, device)
 

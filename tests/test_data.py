@@ -188,7 +188,7 @@ def test_missing_files_are_an_error_at_full_scale_and_toys_aloud_at_tiny(tmp_pat
     with pytest.raises(data.Missing, match="tiny_imagenet"):
         data.load_proxy("tiny_imagenet", tmp_path, "full")
     loaded = data.load("spherical", tmp_path, tmp_path, "tiny", n_train=100)
-    assert (loaded.train.kind, len(loaded.train), loaded.train.classes) == ("toy", 100, 20)
+    assert (loaded.train.kind, len(loaded.train), loaded.train.classes) == ("toy", 100, 9)
     assert "TOY DATA" in capsys.readouterr().out
 
 
@@ -295,13 +295,13 @@ def test_colours_do_not_tell_the_class_of_a_toy():
     from sklearn.linear_model import LogisticRegression
 
     x, y = data.toy_pictures(3000, 32, seed=0)
-    assert x.shape == (3000, 3, 32, 32) and sorted(set(y)) == list(range(20))
+    assert x.shape == (3000, 3, 32, 32) and sorted(set(y)) == list(range(9))
     features = np.concatenate(
         [x.mean((2, 3)), x.std((2, 3)), np.quantile(x, [0.1, 0.5, 0.9], axis=(2, 3)).transpose(1, 2, 0).reshape(3000, -1)], 1
     )
     features = (features - features.mean(0)) / features.std(0)
     right = LogisticRegression(max_iter=500).fit(features[:2000], y[:2000]).score(features[2000:], y[2000:])
-    assert right < 0.16  # chance is 0.05; plain figures are a little less varied
+    assert right < 0.2  # a guess has 0.11
 
 
 def test_toys_are_the_same_every_time():

@@ -184,6 +184,7 @@ def weights_before(method):
     [
         (["--task", "spherica"], "perhaps spherical"),
         (["--epochs", "0"], "must be positive"),
+        (["--k-begin", "41"], "must lie between 0 and 1"),
         (["--backbone", "swin_bse"], "no model is called"),
         (["--scale", "full", "--backbone", "tiny-swin"], "python data.py --prepare spherical"),
         (["--lr", "1e30", "--clip", "0", "--n-train", "320"], "Lower --lr"),

@@ -36,7 +36,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import pare
 
-PICK_S, PICK_T = 5, 23  # which toy pictures
+PICK_S, PICK_T = 10, 16  # which toy pictures
 SIDE, PATCH = 64, 8  # the picture in pixels, a patch: 8 x 8 patches
 SOURCE, TARGET = "#d1495b", "#00798c"
 
