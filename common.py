@@ -11,12 +11,14 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -134,6 +136,11 @@ class Source:
     size: int  # side of the pictures it was built for
 
 
+def reason(error):
+    """The first line of an exception's message."""
+    return (str(error) or type(error).__name__).splitlines()[0][:90]
+
+
 def build_swin(**architecture):
     """A timm SwinTransformer with random weights; `architecture` are its constructor's arguments."""
     import_timm()
@@ -170,9 +177,7 @@ def read_swin(path, pretrained=True):
         )
     swin = build_swin(**architecture)
     if pretrained:
-        swin.load_state_dict(
-            {k: v.float() for k, v in weights.items()}, strict=False
-        )  # masks and indices are built, not stored
+        swin.load_state_dict({k: v.float() for k, v in weights.items()})
     return swin
 
 
@@ -198,14 +203,14 @@ def load_source(name, pretrained=True):
         swin = read_swin(path, pretrained)
     else:
         wanted = f"local-dir:{path}" if path.is_dir() else SHORT_NAMES.get(short, short)
-        if not path.is_dir() and not timm.is_model(wanted):
+        if not path.is_dir() and not timm.is_model(wanted) and not short.startswith("hf-hub:"):
             known = ", ".join([p.stem for p in WEIGHTS.glob("*.safetensors")] + list(SHORT_NAMES))
             raise UserError(f"--backbone: no model is called {short!r}. Known here: {known}; any timm Swin; a path.")
         try:
             swin = timm.create_model(wanted, pretrained=pretrained)
-        except (OSError, ValueError) as error:  # what huggingface_hub raises when it cannot reach the hub or the file
+        except (OSError, ValueError, RuntimeError) as error:  # no such tag, no weights, no network
             raise UserError(
-                f"--backbone: the weights of {wanted} cannot be had ({type(error).__name__}).\n"
+                f"--backbone: the weights of {wanted} cannot be had ({reason(error)}).\n"
                 f"Give a folder that holds them, tiny-swin, or random:{short} to measure speed only."
             ) from error
     if not hasattr(swin, "layers") or not hasattr(swin, "patch_embed"):
@@ -227,11 +232,10 @@ def load_source(name, pretrained=True):
 def make_optimizer(module, args):
     """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as the official codes."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused)
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return Adam(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=fused)
+    return Adam(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
 
 
 def make_schedule(optimizer, args, steps):
@@ -269,7 +273,7 @@ def write(path, content):
 
 def seed_everything(*numbers):
     """Seed torch from (seed, epoch, process). Each epoch draws from its own seed, so a resumed run repeats it exactly."""
-    torch.manual_seed(int(data.np.random.SeedSequence(numbers).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def mean_loss(losses, split, step, epoch, args):
@@ -285,7 +289,7 @@ def mean_loss(losses, split, step, epoch, args):
             samples = order[first + i].tolist()
             raise UserError(
                 f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, on training samples {samples[:8]}...\n"
-                "Lower --lr or set --clip 1. The last finished epoch is kept: add --resume."
+                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would meet it again."
             )
     return sum(recent) / len(recent)
 
@@ -311,19 +315,21 @@ class Run:
         self.args, self.method = data.complete(args, method, scale), getattr(args, "mode", method)
         if self.args.batch_size % self.world:
             raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes.")
-        self.precision = "bf16 autocast" if cuda else "fp32"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = "bf16 autocast" if bf16 else "fp32"
         self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
         seed_everything(self.args.seed)
 
-    def open(self, *kinds):
-        """Make the run's folder; False if the run there is finished. `kinds` of the data: toy runs say so in their name.
+    def open(self, *splits):
+        """Make the run's folder; False if the run there is finished. `splits` it trains on: toy runs say so in their name.
 
         Raises UserError if the folder holds another run, or this one without --resume.
         """
-        args, a = self.args, asdict(self.args)
+        args, kinds = self.args, [split.kind for split in splits]
+        identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
         self.kind = "toy" if "toy" in kinds else kinds[0]
         toy = "-toy" if self.kind == "toy" else ""
-        backbone = Path(args.backbone.replace(":", "_")).stem
+        backbone = Path(args.backbone).name.replace(":", "_").removesuffix(".safetensors")
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         if self.last.exists() or self.result_file.exists():
@@ -332,10 +338,10 @@ class Run:
                     f"{self.folder} holds a run already.\nGo on with --resume, choose another --out-dir, or remove the folder."
                 )
             before = json.loads((self.folder / "args.json").read_text())
-            free = ("resume", "out_dir", "data_dir", "compile")  # what may change without changing the result
+            free = ("resume", "out_dir", "data_dir")  # what may change without changing the result
             other = [
                 f"{k} was {before.get(k)!r}, now {v!r}"
-                for k, v in a.items()
+                for k, v in identity.items()
                 if k not in free and before.get(k) != json.loads(json.dumps(v))
             ]
             if other:
@@ -344,11 +350,11 @@ class Run:
                     "Repeat its options, or choose another --out-dir."
                 )
         if self.result_file.exists():
-            print(f"finished before: {self.result_file}\n{self.result_file.read_text()}")
+            print(f"{self.result_file.read_text()}\nfinished before: {self.result_file}")
             return False
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / "args.json", json.dumps(a, indent=1).encode())
+            write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
         processes = f", {self.world} processes" * (self.world > 1)
         print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
         return True
@@ -364,7 +370,7 @@ class Run:
 
     def autocast(self):
         """bf16 for the matrix products on CUDA; losses and distances stay in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
 
     def distribute(self, module):
         """On the device, and gradients averaged over the processes if there are several.
@@ -395,7 +401,7 @@ class Run:
         if self.world > 1:
             shares = [None] * self.world
             torch.distributed.all_gather_object(shares, (out, y))
-            out, y = (data.np.concatenate(parts) for parts in zip(*shares, strict=True))
+            out, y = (np.concatenate(parts) for parts in zip(*shares, strict=True))
         return task.score(out, y)
 
     def resume(self, net, optimizer, schedule):
@@ -411,7 +417,7 @@ class Run:
             schedule.load_state_dict(state["schedule"])
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"{self.last} is no checkpoint of this run ({str(error).splitlines()[0]}).\nRemove the folder to start over."
+                f"{self.last} is no checkpoint of this run ({reason(error)}).\nRemove the folder to start over."
             ) from error
         self.history, self.best, self.best_epoch, self.seconds = (
             state[k] for k in ("history", "best", "best_epoch", "seconds")
@@ -447,6 +453,9 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(self.last, buffer.getvalue())
+        self.write_history()
+
+    def write_history(self):
         write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history).encode())
 
     def finish(self, model, loaded, source=None):
@@ -459,9 +468,9 @@ class Run:
         test = self.evaluate(model, loaded.test, task)
         seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size
         root = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+        git = shutil.which("git")
+        head = [git, "-C", root, "rev-parse", "--short", "HEAD"]
+        commit = git and subprocess.run(head, capture_output=True, text=True).stdout.strip()
         result = {
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
             "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
@@ -472,6 +481,7 @@ class Run:
             "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
         }  # fmt: skip
         if self.rank == 0:
+            self.write_history()  # a run killed after its last checkpoint lacks a line
             self.plot(result)
             write(self.result_file, json.dumps(result, indent=1).encode())
         print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")
@@ -502,6 +512,20 @@ class Run:
         figure.savefig(buffer, dpi=110)
         plt.close(figure)
         write(self.folder / "curves.png", buffer.getvalue())
+
+    def mean(self, losses):
+        """Mean over the steps of all processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(losses)
+        return losses.mean().item() / self.world
+
+    def compile(self, encoder):
+        """torch.compile the encoder, which does nearly all the work, in place: its parameters keep their names."""
+        if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            raise UserError(
+                "--compile needs a C++ compiler (g++ or clang++), and none was found.\nInstall one, or leave --compile out."
+            )
+        encoder.compile()
 
     def progress(self, batches, steps, epoch):
         """A bar over the steps of an epoch, on the first process, where somebody watches."""

@@ -11,11 +11,15 @@ Shapes: n samples, B batch, C channels, H W sizes. torch is imported where it is
 """
 
 import difflib
+import errno
 import gzip
 import hashlib
+import http.client
+import os
 import pickle
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -45,12 +49,12 @@ def command_line(Args, doc):
         args = tyro.cli(Args, description=doc)
         if hasattr(args, "task"):
             find_task(args.task)
-        for name in ("epochs", "n_train", "batch_size", "accumulate", "lr"):
-            if (value := getattr(args, name, None)) is not None and value <= 0:
+        for name in ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature"):
+            if (value := getattr(args, name, None)) is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be positive.")
-        for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32)):
+        for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32), ("gate_noise", 1e3), ("clip", 1e9)):
             if not 0 <= (getattr(args, name, None) or 0) <= most:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and {most}.")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and {most:g}.")
         return args
 
     return guarded(read)
@@ -63,9 +67,11 @@ def guarded(main, *args):
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message = f"no space left on the device, writing {error.filename}. The last finished epoch is kept: add --resume."
+        message = (
+            f"no space left, writing {error.filename or 'a file'}.\nMake room and repeat; a training run goes on with --resume."
+        )
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -80,22 +86,22 @@ class Download:
     url: str
     md5: str | None  # None where nobody published one
     megabytes: int
-    gives: str  # what lies in the data folder once it is there, a glob pattern
+    gives: tuple[str, ...]  # what lies in the data folder once it is there: all of these glob patterns
 
 
 DOWNLOADS = {
-    "s2_cifar100": Download("https://pde-xd.s3.amazonaws.com/spherical/s2_cifar100.gz", None, 272, "**/s2_cifar100*"),
+    "s2_cifar100": Download("https://pde-xd.s3.amazonaws.com/spherical/s2_cifar100.gz", None, 272, ("s2_cifar100.gz",)),
     "cifar100": Download("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
-                         161, "cifar-100-python/train"),
+                         161, ("cifar-100-python/train", "cifar-100-python/test")),
     "cifar10": Download("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
-                        163, "cifar-10-batches-py/data_batch_*"),
+                        163, ("cifar-10-batches-py/data_batch_*",)),
     "tiny_imagenet": Download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
-                              237, "tiny-imagenet-200*"),
+                              237, ("tiny-imagenet-200*",)),
 }  # fmt: skip
 
 
 def present(download, data_dir):
-    return any(path.suffix != ".part" for path in Path(data_dir).glob(download.gives))
+    return all(any(p.suffix != ".part" for p in Path(data_dir).glob(pattern)) for pattern in download.gives)
 
 
 def fetch(download, data_dir):
@@ -133,7 +139,9 @@ def fetch(download, data_dir):
                     f"{download.url} answers {error.code}.\nFetch it by hand and put it into {data_dir}."
                 ) from error
             total = have
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UserError(
                 f"{download.url} cannot be reached ({error}).\nTry again later, or put the file into {data_dir} by hand."
             ) from error
@@ -188,7 +196,7 @@ def unpickle(path):
 
 def check_images(path, images, labels, shape, classes):
     """The two arrays as (n, C, H, W) uint8 and (n,) int64. Raises UserError where they are not what the task says."""
-    labels = np.asarray(labels)
+    images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.size != len(labels) * np.prod(shape) or len(labels) == 0:
         raise UserError(f"{path}: {images.dtype} images {images.shape} for {len(labels)} labels; expected uint8 (n, {shape}).")
     if labels.min() < 0 or labels.max() >= classes:
@@ -249,6 +257,8 @@ def read_tiny_imagenet(data_dir, split="train", n=None, seed=0):
     if split == "train":  # train/n01443537/images/n01443537_0.JPEG
         label_of = {name: name.split("/")[1] for name in images}
     else:  # val_annotations.txt: val_0.JPEG <tab> n03444034 <tab> box
+        if "val/val_annotations.txt" not in open_file:
+            raise Missing(f"no val/val_annotations.txt in {root} or {data_dir}/tiny-imagenet-200*.zip.")
         with open_file["val/val_annotations.txt"]("rb") as file:
             rows = (line.decode().split("\t") for line in file)
             label_of = {f"val/images/{row[0]}": row[1] for row in rows}
@@ -260,9 +270,13 @@ def read_tiny_imagenet(data_dir, split="train", n=None, seed=0):
         try:
             with open_file[name]("rb") as file:
                 x[i] = np.asarray(Image.open(file).convert("RGB"))
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(f"{name} of Tiny-ImageNet in {data_dir} is not a 64 x 64 picture ({error}).") from error
-    y = np.array([classes.index(label_of[name]) for name in images])
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = {label_of.get(name) for name in images} - number.keys()
+    if unknown:
+        raise UserError(f"Tiny-ImageNet in {data_dir} is in part: {sorted(map(str, unknown))[:3]} have no training images.")
+    y = np.array([number[label_of[name]] for name in images])
     return x.transpose(0, 3, 1, 2), y
 
 
@@ -316,18 +330,15 @@ def project_to_sphere(images, rotations, b=30):
 
 def read_spherical(data_dir, cache):
     """The official file if it is there, else our projection of CIFAR-100, kept under `cache` (10.8 kB an image)."""
-    for name in ("s2_cifar100.gz", "spherical/s2_cifar100.gz", "spherical/s2_cifar100"):
-        path = data_dir / name
-        if path.exists():
-            content = unpickle(path)
-            splits = []
-            for name in ("train", "test"):
-                part = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.get(name, {}).items()}
-                if not {"images", "labels"} <= part.keys():
-                    raise UserError(f"{path} has no images and labels under '{name}'.")
-                splits.append(check_images(path, part["images"], part["labels"], (3, 60, 60), 100))
-            return *splits, "official"
-    splits = []
+    path, splits = data_dir / "s2_cifar100.gz", []
+    if path.exists():
+        content = unpickle(path)
+        for name in ("train", "test"):
+            part = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.get(name, {}).items()}
+            if not {"images", "labels"} <= part.keys():
+                raise UserError(f"{path} has no images and labels under '{name}'.")
+            splits.append(check_images(path, part["images"], part["labels"], (3, 60, 60), 100))
+        return *splits, "official"
     for name, (x, y) in zip(("train", "test"), read_cifar100(data_dir, cache)[:2], strict=True):
         key = hashlib.sha256(x.tobytes()).hexdigest()[:12]
         path = cache / f"spherical-{name}-{key}.npy"
@@ -335,10 +346,10 @@ def read_spherical(data_dir, cache):
             print(f"projecting {len(x):,} CIFAR-100 {name} images onto the sphere, once: {path}")
             sphere = project_to_sphere(x, random_rotations(len(x), seed=("train", "test").index(name)))
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".part")
+            unfinished = path.with_suffix(f".{os.getpid()}.part")  # another run may be doing the same
             with unfinished.open("wb") as file:
                 np.save(file, sphere)
-            unfinished.rename(path)
+            unfinished.replace(path)
         splits.append((np.load(path, mmap_mode="r"), y))
     return *splits, "simulated"
 
@@ -498,10 +509,10 @@ class Proxy:
     augment: Callable
 
 
-# The two methods' published settings (hyperparameters of the official configurations). cifar100: the official code sums the
-# gradients of the 32 accumulated batches, we average them, so its SGD rate of 1e-4 becomes 32e-4.
+# The published settings (hyperparameters of the official configurations). cifar100: the official code sums the gradients of
+# 32 accumulated batches, lr (sum g + wd w); we average them, 32 lr (mean g + wd / 32 w), which is the same step of SGD.
 SPHERICAL = Recipe(60, 32, 4, "adamw", 1e-4, 0.1, warmup_epochs=5, decay_epochs=60)
-CIFAR100 = Recipe(60, 32, 32, "sgd", 32e-4, 1e-3, warmup_epochs=5, decay_epochs=200)
+CIFAR100 = Recipe(60, 32, 32, "sgd", 32 * 1e-4, 1e-3 / 32, warmup_epochs=5, decay_epochs=200)
 K_BEGIN, K_END = 2000 / 3136, 500 / 3136
 
 TASKS = {
@@ -574,14 +585,18 @@ def complete(args, method, scale):
 
 
 class Split:
-    """One split, whole, on the device: x (n, C, H, W) uint8, y (n,) int64; normalised and augmented there, in batches."""
+    """One split, whole, on the device: x (n, C, H, W) uint8, y (n,) int64; normalised and augmented there, in batches.
+
+    `like` is its Task or Proxy: name, mean, std and augmentation.
+    """
 
     def __init__(self, x, y, classes, kind, like, device):
         import torch
 
-        self.x = torch.from_numpy(np.array(x)).to(device)  # a copy: x may be a map of a file
-        self.y = torch.from_numpy(np.array(y)).to(device)
+        self.x = torch.from_numpy(np.require(x, requirements="CWO")).to(device)  # copied if x is the map of a file
+        self.y = torch.from_numpy(np.require(y, requirements="CWO")).to(device)
         self.classes, self.kind, self.augment = classes, kind, like.augment
+        self.stream = zlib.crc32(like.name.encode())  # target and source draw different numbers
         self.mean = torch.tensor(like.mean, device=device)[:, None, None]  # (C, 1, 1)
         self.std = torch.tensor(like.std, device=device)[:, None, None]
 
@@ -603,7 +618,7 @@ class Split:
         """
         import torch
 
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch, len(self)]).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch, self.stream]).generate_state(1)[0]))
         rounds = -(-steps * batch_size // len(self))
         order = torch.cat([torch.randperm(len(self), generator=generator) for _ in range(rounds)])[: steps * batch_size]
         return order.view(steps, batch_size), torch.rand(steps, batch_size, DRAWS, generator=generator)
@@ -635,8 +650,8 @@ class Loaded:
 def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
     """Training, validation and test split of a task, on the device.
 
-    A tenth of the training samples is held out for validation, drawn with `seed`; the official codes choose the
-    checkpoint on the test set. Of the rest, `n_train` are used (None: all).
+    A tenth of the training samples that are used is held out for validation, drawn with `seed`; the official codes choose
+    the checkpoint on the test set. `n_train` remain for training (None: the other nine tenths of all there are).
 
     Raises: Missing at full scale when the files are not there; at the tiny scale toy data take their place, aloud.
     """
@@ -653,12 +668,13 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
         test = task.toy(TOY_TEST, task.shape[1], seed=1)
         kind, classes = "toy", int(train[1].max()) + 1
     order = np.random.default_rng(seed).permutation(len(train[1]))
-    n_val = max(1, len(order) // 10)
-    parts = {"val": np.sort(order[:n_val]), "train": np.sort(order[n_val:][:n_train])}
+    n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
+    n_val = max(1, n_train // 9)
+    parts = {"val": np.sort(order[:n_val]), "train": np.sort(order[n_val : n_val + n_train])}
     splits = {name: Split(train[0][i], train[1][i], classes, kind, task, device) for name, i in parts.items()}
     loaded = Loaded(task, **splits, test=Split(*test, classes, kind, task, device))
-    print(f"target  {task.name}: {kind} data, {len(loaded.train):,} of {len(order) - n_val:,} for training,",
-          f"{n_val:,} for validation, {len(loaded.test):,} for test, {classes} classes")  # fmt: skip
+    print(f"target  {task.name}: {kind} data, {n_train:,} samples for training and {n_val:,} for validation of {len(order):,},",
+          f"{len(loaded.test):,} for test, {classes} classes")  # fmt: skip
     return loaded
 
 
@@ -669,10 +685,10 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu"):
         x, y = proxy.read(data_dir, n, seed)
         kind, classes = "official", proxy.classes
     except Missing as missing:
+        advice = f"`python data.py --prepare {name} --data-dir {data_dir}` fetches the files."
         if scale != "tiny":
-            raise Missing(
-                f"source {name}: {missing}\n`python data.py --prepare {name} --data-dir {data_dir}` fetches it."
-            ) from None
+            raise Missing(f"source {name}: {missing}\n{advice} To try without: --scale tiny.") from None
+        print(f"TOY DATA: {missing}\n          Generated pictures take the place of {name}; {advice}")
         x, y = toy_pictures(min(n, TOY_TEST), proxy.size, seed=2)
         kind, classes = "toy", 9
     print(f"source  {name}: {kind} data, {len(y):,} samples, {classes} classes")
@@ -701,8 +717,8 @@ def prepare(name, data_dir):
         sources = sorted({recipe.source for recipe in task.recipes.values()})
         wanted = [task.downloads] + [(PROXIES[source].download,) for source in sources]
     for keys in wanted:
-        if any(present(DOWNLOADS[key], data_dir) for key in keys):
-            print(f"{keys[-1]}: present")
+        if here := [key for key in keys if present(DOWNLOADS[key], data_dir)]:
+            print(f"{here[0]}: present")
             continue
         for key in keys:
             try:

@@ -47,7 +47,7 @@ class Args:
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     epochs: int | None = None
-    """passes over the training samples. This and the following are the task's published values unless given"""
+    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
     """training samples used; fewer is where methods differ most"""
     batch_size: int | None = None
@@ -109,7 +109,7 @@ def main(args):
     with run.first():
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
     task, train = loaded.task, loaded.train
-    if not run.open(train.kind):  # finetune
+    if not run.open(train):  # finetune
         return
 
     # ---- the model
@@ -118,12 +118,12 @@ def main(args):
     embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, init)  # finetune
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
     if args.compile:
-        model.encoder.compile()
+        run.compile(model.encoder)
 
     # ---- finetune: what trains
     net = model
     choose(model, args.mode)
-    warming_epochs = 0 if args.mode != "warmup" else args.epochs // 6 if args.embedder_epochs is None else args.embedder_epochs
+    warming_epochs = (args.embedder_epochs or max(1, args.epochs // 6)) if args.mode == "warmup" else 0
 
     # ---- optimizer and schedule
     net = run.distribute(net)
@@ -158,7 +158,7 @@ def main(args):
                 bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
         seconds = common.now() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": losses.mean().item(), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation

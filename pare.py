@@ -18,7 +18,8 @@ source, where the encoder is at home, and ends at the target.
     python pare.py --task spherical
 
 The text leaves open how L_mix and the loss on unmixed samples are combined (line 6) and how the gate gets its gradient;
-both are as in the official code. `--as-released` follows that code where it leaves the text: docs/paper-vs-code.md, P2 to P8.
+both are as in the official code. So is the start of the target embedder, which the text wants random: `--init`. Everywhere
+else the defaults are the text's; `--as-released` follows the code: docs/paper-vs-code.md, P2 to P8.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ class Args:
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     epochs: int | None = None
-    """passes over the training samples. This and the following are the task's published values unless given"""
+    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
     """training samples used; fewer is where methods differ most"""
     batch_size: int | None = None
@@ -225,7 +226,7 @@ def main(args):
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
         source_set = data.load_proxy(args.source, args.data_dir, args.scale, seed=args.seed, device=device)  # PaRe
     task, train = loaded.task, loaded.train
-    if not run.open(train.kind, source_set.kind):  # PaRe
+    if not run.open(train, source_set):  # PaRe
         return
 
     # ---- the model
@@ -233,7 +234,7 @@ def main(args):
     embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, args.init)  # PaRe
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
     if args.compile:
-        model.encoder.compile()
+        run.compile(model.encoder)
 
     # ---- PaRe: gate, source predictor, and the frozen source embedder, which is no part of what trains
     gate, predictor_s = Gate(source.token_width), common.ClassPredictor(source.feature_width, source_set.classes)
@@ -241,6 +242,8 @@ def main(args):
     source.embedder.to(device)
     N, N_s = embedder.tokens, source.embedder.tokens
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
+    if k_end > k0:
+        raise data.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 
     # ---- optimizer and schedule
@@ -259,7 +262,7 @@ def main(args):
         batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)  # PaRe
         k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
         lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
-        gate_trains = not args.as_released or epoch < min(10, args.epochs // 6)  # PaRe: rows P4, P5
+        gate_trains = not args.as_released or epoch < max(1, min(10, args.epochs // 6))  # PaRe: rows P4, P5
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, epoch)):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
@@ -284,7 +287,7 @@ def main(args):
                 bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
         seconds = common.now() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": losses.mean().item(), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         row |= {"k": k, "lambda": lam}  # PaRe
         run.end_epoch(net, model, optimizer, scheduler, row)
 

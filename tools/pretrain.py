@@ -133,9 +133,7 @@ def main(args):
 
     def save(epoch):
         """Weights and card, together; the top-1 is that of the rounded weights."""
-        weights = {
-            k: v.half() for k, v in model.state_dict().items() if "relative_position_index" not in k and "attn_mask" not in k
-        }
+        weights = {k: v.half() for k, v in model.state_dict().items()}
         rounded = common.build_swin(**architecture).to(device)
         rounded.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
         path = Path(args.out).with_suffix(".safetensors")

@@ -51,8 +51,8 @@ def run(args, method, seed):
     if done.returncode:
         print(f"{shlex.join(command)}\n{done.stderr}", file=sys.stderr)
         return None
-    folders = sorted(Path(args.out_dir).glob(f"{args.task}-{method}-*-s{seed}*/result.json"))
-    result = json.loads(folders[-1].read_text())
+    said = next(line for line in reversed(done.stdout.splitlines()) if line.endswith("result.json"))
+    result = json.loads(Path(said.split(": ")[-1]).read_text())
     print(f"{method:8} seed {seed}  test {result['test']:.4f}  {result['seconds']:.0f} s", file=sys.stderr, flush=True)
     return result
 
