@@ -233,7 +233,7 @@ def make_optimizer(module, args):
     """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as the official codes."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     return Adam(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
 

@@ -16,10 +16,10 @@ def script(tmp_path_factory):
     """Runs a script of the project as a user does; its stdout is returned, its exit code asserted."""
     folder = tmp_path_factory.mktemp("work")  # no datasets/ in here: toy data
 
-    def run(*command, out, option=None, code=0, processes=1, timeout=300):
+    def run(*command, out, option=None, code=0, processes=1, timeout=120):
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         option = option or ("--out" if "pretrain" in command[0] else "--out-dir")
         done = subprocess.run(
             [*launcher, str(ROOT / command[0]), *map(str, command[1:]), option, str(out)],
