@@ -664,7 +664,8 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
         if scale != "tiny":
             raise Missing(f"{task.name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated pictures take the place of {task.name}; {advice}")
-        train = task.toy(TOY_TRAIN + TOY_TRAIN // 9, task.shape[1], seed=0)
+        n = min(n_train or TOY_TRAIN, TOY_TRAIN)
+        train = task.toy(n + n // 9 + 1, task.shape[1], seed=0)
         test = task.toy(TOY_TEST, task.shape[1], seed=1)
         kind, classes = "toy", int(train[1].max()) + 1
     order = np.random.default_rng(seed).permutation(len(train[1]))

@@ -1,14 +1,21 @@
 """The tests need no network, no GPU and no data: everything runs on toy pictures and on small files made here."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+METHODS = ["pare", "finetune"]
+
+# Two tests run at a time (pyproject.toml), each on one core.
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +30,26 @@ def script(tmp_path_factory):
         option = option or ("--out" if "pretrain" in command[0] else "--out-dir")
         done = subprocess.run(
             [*launcher, str(ROOT / command[0]), *map(str, command[1:]), option, str(out)],
-            cwd=folder, capture_output=True, text=True, timeout=timeout, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            cwd=folder, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stderr if code else done.stdout
 
     return run
+
+
+SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 320, "--epochs", 3]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["net"]
+
+
+def rows(folder):
+    """metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
