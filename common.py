@@ -502,6 +502,7 @@ class Run:
         for axis, name in zip(axes[0], names, strict=True):
             axis.plot([row["epoch"] for row in self.history], [row[name] for row in self.history], ".-")
             axis.set(xlabel="epoch", title=name)
+            axis.locator_params(axis="x", integer=True)
             axis.grid(alpha=0.3)
             if name == "val":
                 axis.plot(self.best_epoch, result["test"], "r*", markersize=10, label=f"test {result['test']:.3f}")
