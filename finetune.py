@@ -10,6 +10,9 @@
 
     python finetune.py --task spherical --mode naive
 
+Measured on real images projected here, tiny scale, 5,000 samples, 12 epochs, 3 seeds: test error 0.864 ± 0.004 (naive) and
+0.929 ± 0.002 (scratch), 2.2 minutes on one CPU core. docs/results.md has the commands and the other modes.
+
 All modes share the recipe of ORCA's configuration, and the option --init: in ORCA's release the naive baseline also starts
 from another embedder than ORCA, which is worth more than most methods. `--as-released` reproduces that start:
 docs/paper-vs-code.md, O2.

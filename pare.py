@@ -17,6 +17,9 @@ source, where the encoder is at home, and ends at the target.
 
     python pare.py --task spherical
 
+Measured on real images projected here, tiny scale, 5,000 samples, 12 epochs, 3 seeds: test error 0.859 ± 0.003 (naive
+fine-tuning 0.864 ± 0.004), 4.2 minutes on one CPU core. Published, full scale: 0.256. docs/results.md has the commands.
+
 The text leaves open how L_mix and the loss on unmixed samples are combined (line 6) and how the gate gets its gradient;
 both are as in the official code. So is the start of the target embedder, which the text wants random: `--init`. Everywhere
 else the defaults are the text's; `--as-released` follows the code: docs/paper-vs-code.md, P2 to P8.
