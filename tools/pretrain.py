@@ -36,7 +36,7 @@ class Args:
     depths: tuple[int, ...] = (2, 4)
     """blocks in each stage; each stage after the first has a quarter of the tokens"""
     epochs: int = 80
-    """more helps a little; without --cutmix the top-1 stood still at 0.28 after 40"""
+    """more helps a little; without --cutmix the top-1 stood still at 0.28 from 44 to 56 of 100"""
     batch_size: int = 256
     """samples in a step"""
     lr: float = 2e-3
