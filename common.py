@@ -2,8 +2,8 @@
 
     model = predictor(encoder(embedder(x)))
 
-Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature width, K classes, C channels, H W sizes.
-`_s` source, `_t` target, `_m` mixed.
+Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature width, K classes, C channels, H W sizes; in the
+distances n and m samples. `_s` source, `_t` target, `_m` mixed.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -225,6 +226,230 @@ def load_source(name, pretrained=True):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Distances between data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def squared_distances(x, x2):
+    """|x_i - x'_j|^2 = |x_i|^2 - 2 <x_i, x'_j> + |x'_j|^2, one matrix product. (n, D), (m, D) -> (n, m)
+
+    Both clouds are moved to their common centre first: far from the origin the three terms would cancel in fp32.
+    """
+    centre = torch.cat([x, x2]).detach().mean(0)
+    x, x2 = x - centre, x2 - centre
+    return ((x * x).sum(1)[:, None] - 2 * x @ x2.T + (x2 * x2).sum(1)[None]).clamp(min=0)
+
+
+def exact_cost(cost, a, b):
+    """min over plans pi of <pi, cost>: POT's network simplex, in fp64 on the CPU. The gradient is the plan. (n, m) -> scalar"""
+    import ot
+
+    pi = ot.emd(*(t.detach().double().cpu().numpy() for t in (a, b, cost)), numItermax=10**9)
+    return (torch.from_numpy(pi).to(cost) * cost).sum()
+
+
+def entropic_cost(cost, a, b, reg, same=False, info=None, tolerance=1e-3, most=5000):
+    """Entropic transport costs of a batch of problems (Sinkhorn), in the log domain, until the marginals hold.
+
+        OT_reg = min over plans pi of <pi, cost> + reg KL(pi | a b^T) = max over f, g of <a, f> + <b, g>
+        f_i = -reg log sum_j b_j exp((g_j - cost_ij) / reg),   g likewise,   pi_ij = a_i b_j exp((f_i + g_j - cost_ij) / reg)
+
+    reg comes down from the largest cost by quarters. At the last one, each round of two updates in the log domain is
+    followed by twenty of the plan's row and column sums, which cost a matrix-vector product each. No gradient goes through
+    the iterations: by the envelope theorem d OT_reg = <pi, d cost>.
+
+    Args:
+        cost (..., n, m), a (..., n), b (..., m): weights of 0 are padding.
+        same: both sides are one; then f = g, and the average of f and its update converges in a few iterations.
+        tolerance, most: stop at this L1 distance between the plan's marginal and a (the worst of the batch), or with a
+            warning after so many iterations.
+        info: a dict; "iterations" and "error" (of the marginal) of the worst problem it was handed to are kept in it.
+    Returns: (...), differentiable in cost.
+    """
+    shape = cost.shape[:-2]
+    cost, a, b = cost.reshape(-1, *cost.shape[-2:]), a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])  # P problems
+    with torch.no_grad():
+        f_all, g_all, errors = torch.zeros_like(a), torch.zeros_like(b), torch.ones_like(a[:, 0])
+        c, log_a, log_b, f, g = cost, a.log(), b.log(), f_all, g_all  # of the problems that go on; log 0 = -inf: padding
+        todo, high, iterations = torch.arange(len(cost), device=cost.device), float(cost.max()), 0
+        while len(todo) and iterations < most:
+            at = max(high, reg)
+            for _ in range(10 if same and at == reg else 1):
+                new_f = -at * ((g[:, None] - c) / at + log_b[:, None]).logsumexp(2)  # (P, n)
+                f = (f + new_f) / 2 if same else new_f
+                g = f if same else -at * ((f[:, :, None] - c) / at + log_a[:, :, None]).logsumexp(1)  # (P, m)
+                iterations += 1
+            high /= 4
+            if at > reg:
+                continue
+            pi = ((f[:, :, None] + g[:, None] - c) / reg + log_a[:, :, None] + log_b[:, None]).exp()  # (P, n, m)
+            f_all[todo], g_all[todo], errors[todo] = f, g, (pi.sum(2) - a[todo]).abs().sum(1)
+            going = errors[todo] > tolerance
+            if not going.all():
+                todo, c, log_a, log_b, f, g, pi = (t[going] for t in (todo, c, log_a, log_b, f, g, pi))
+            if not same:
+                v = torch.ones_like(g)
+                for _ in range(20):
+                    u = (log_a.exp() / (pi @ v[:, :, None])[:, :, 0].clamp(min=1e-30)).clamp(1e-10, 1e10)  # (P, n)
+                    v = (log_b.exp() / (u[:, None] @ pi)[:, 0].clamp(min=1e-30)).clamp(1e-10, 1e10)  # (P, m)
+                f, g, iterations = f + reg * u.log(), g + reg * v.log(), iterations + 20
+        value = (a * f_all).sum(1) + (b * g_all).sum(1)  # (P,)
+        pi = ((f_all[:, :, None] + g_all[:, None] - cost) / reg + a.log()[:, :, None] + b.log()[:, None]).exp()
+        error = float(errors.max())
+    if error > tolerance:
+        warnings.warn(
+            f"Sinkhorn stopped after {iterations} iterations, its marginal off by {error:.1e}: raise reg", stacklevel=2
+        )
+    if info is not None:
+        info["iterations"], info["error"] = max(iterations, info.get("iterations", 0)), max(error, info.get("error", 0.0))
+    slope = (pi * cost).sum((1, 2))
+    return (slope + (value - slope).detach()).view(shape)
+
+
+class OtddTerms:
+    """What in `otdd` depends on one side only, so that a source which stays the same is worked out once.
+
+    Its samples x (n, D) and their mass a (n,); the class of each (n,), numbered from 0; the members (K, m) and weights (K, m)
+    of each class, padded; and, as far as `inner` and `reg` ask for them, the means and covariance factors of the classes, their
+    distances W^2 (K, K) from each other, and the transport cost of the side to itself.
+    """
+
+    def __init__(self, x, y, inner, reg, mass=None, info=None):
+        if inner not in ("exact", "gaussian", "none"):
+            raise ValueError(f"inner = {inner!r}; choose exact, gaussian or none")
+        if not (x.ndim == 2 and len(x) > 0 and y.shape == (len(x),) and x.is_floating_point() and not y.is_floating_point()):
+            raise ValueError(
+                f"x {tuple(x.shape)} {x.dtype}, y {tuple(y.shape)} {y.dtype}: expected (n, D) float and (n,) int, n > 0"
+            )
+        if not torch.isfinite(x).all():
+            raise ValueError("x holds NaN or infinity")
+        if reg < 0:
+            raise ValueError(f"reg = {reg} is negative")
+        x = x if x.dtype == torch.float64 else x.float()
+        self.x, self.inner, self.reg, self.info = x, inner, reg, info
+        self.mass = torch.full_like(x[:, 0], 1 / len(x)).detach() if mass is None else (mass / mass.sum()).to(x)
+        names, self.index, counts = y.unique(return_inverse=True, return_counts=True)
+        K, m = len(names), int(counts.max())
+        order = self.index.argsort()
+        place = (
+            torch.arange(len(y), device=y.device) - (counts.cumsum(0) - counts)[self.index[order]]
+        )  # number within its class
+        self.members = torch.zeros(K, m, dtype=torch.long, device=y.device).index_put(
+            (self.index[order], place), order
+        )  # (K, m)
+        self.weights = ((torch.arange(m, device=y.device) < counts[:, None]) / counts[:, None]).to(x)  # (K, m)
+        if inner == "gaussian":
+            self.mean = (x[self.members] * self.weights[..., None]).sum(1)  # (K, D)
+            scale = (self.weights > 0) / (counts[:, None] - 1).clamp(min=1).sqrt()
+            self.factor = (x[self.members] - self.mean[:, None]) * scale[..., None].to(x)  # (K, m, D): cov = factor^T factor
+            if m > x.shape[1]:  # D rows are enough; turned by a constant Q, they have the same covariance and derivative
+                self.factor = torch.linalg.qr(self.factor.detach())[0].mT @ self.factor  # (K, D, D)
+        if reg > 0:  # what debiasing needs
+            d = squared_distances(x, x)
+            K_ = torch.arange(K, device=y.device)
+            if inner == "exact":
+                self.own = class_costs(d, self, self, K_, K_, True)  # (K,): OT_reg of each class to itself
+            cost = d / 2
+            if inner != "none" and K > 1:
+                i, j = torch.triu_indices(K, K, 1, device=y.device)
+                w = torch.zeros(K, K, device=y.device, dtype=x.dtype).index_put((i, j), label_distances(d, self, self, i, j))
+                cost = cost + (w + w.T)[self.index][:, self.index] / 2  # (n, n)
+            self.self_cost = entropic_cost(cost, self.mass, self.mass, reg, same=True, info=info)
+
+
+def class_costs(d, left, right, i, j, same=False):
+    """Transport costs from class i_p of the left side to class j_p of the right one, for all pairs p. d (n, m) -> (pairs,)"""
+    reg, info = left.reg, left.info if same else right.info
+    if reg > 0:
+        blocks = d[left.members[i][:, :, None], right.members[j][:, None, :]]  # (pairs, m_left, m_right)
+        return entropic_cost(blocks, left.weights[i], right.weights[j], reg, same, info)
+    mine = lambda side, c: side.members[c][side.weights[c] > 0]
+    pairs = [(mine(left, a), mine(right, b)) for a, b in zip(i.tolist(), j.tolist(), strict=True)]
+    uniform = lambda rows: torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+    return torch.stack([exact_cost(d[rows][:, columns], uniform(rows), uniform(columns)) for rows, columns in pairs])
+
+
+def label_distances(d, left, right, i, j):
+    """W^2 between class i_p of the left side and class j_p of the right one, for all pairs p: (pairs,)
+
+    exact:     transport cost for |x - x'|^2; with reg > 0 its debiased version
+    gaussian:  |mu - mu'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2), Bures-Wasserstein
+    """
+    if left.inner == "exact":
+        w = class_costs(d, left, right, i, j)
+        return w - (left.own[i] + right.own[j]) / 2 if left.reg > 0 else w
+    # with S' = L^T L, (S^1/2 S' S^1/2) has the eigenvalues of G = L S L^T; d tr(G^1/2) = <G^-1/2, dG> / 2
+    root_s, L = left.factor[i], right.factor[j]  # (pairs, r, D), (pairs, r', D)
+    half = (L @ root_s.mT).double()  # (pairs, r', r)
+    G = half @ half.mT  # (pairs, r', r')
+    with torch.no_grad():
+        values, vectors = torch.linalg.eigh(G)
+        kept = values > 1e-12 * values[:, -1:]  # centred rows are dependent: some eigenvalues are 0
+        roots = torch.where(kept, values, 0).sqrt()  # (pairs, r')
+        slope = (vectors * torch.where(kept, 0.5 / roots, 0)[:, None]) @ vectors.mT
+    trace = (slope * G).sum((-2, -1))
+    trace = (trace + (roots.sum(-1) - trace).detach()).to(L)
+    means = (left.mean[i] - right.mean[j]).square().sum(-1)
+    return means + root_s.square().sum((-2, -1)) + L.square().sum((-2, -1)) - 2 * trace
+
+
+def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, info=None):
+    """Optimal transport distance between two labelled data sets (Alvarez-Melis and Fusi 2020), as ORCA uses it.
+
+        OTDD = min over plans pi of sum_ij pi_ij C_ij,     C_ij = 1/2 |x_i - x_j|^2 + 1/2 W^2(y_i, y_j)
+
+    W^2(y, y') is the transport cost between the samples of the two classes for |x - x'|^2 (both halves, and none in W^2, are
+    the official constants). reg = 0: linear programmes. reg > 0: OT_reg(s, t) - 1/2 OT_reg(s, s) - 1/2 OT_reg(t, t), for the
+    data sets and for the classes alike. The gradient is that of the value, label distances included.
+
+    Args:
+        x_s (n, D), x_t (m, D): features, any float. y_s (n,), y_t (m,): integers; only which are equal matters.
+        inner: "exact"; "gaussian": W^2 between the normal distributions of the classes; "none": W^2 = 0.
+        reg: entropic strength, in units of the cost; ORCA's is 0.1. 0 needs POT, runs on the CPU, and grows faster with n m.
+        mass_t (m,): weights of the target samples, equal within a class. Default: all equal.
+        terms_s: OtddTerms(x_s, y_s, inner, reg), worked out before.
+        info: a dict that gets the "iterations" and the marginal "error" of the worst problem, if reg > 0.
+    Returns: a scalar, differentiable in x_s and x_t; 0 if both sets are one. A class of one sample is a point mass.
+    Raises: ValueError for empty sets, NaN, shapes or types that do not fit.
+    """
+    if x_s.shape[-1] != x_t.shape[-1]:
+        raise ValueError(f"the source has width {x_s.shape[-1]}, the target {x_t.shape[-1]}")
+    s = terms_s or OtddTerms(x_s, y_s, inner, reg, info=info)
+    if len(s.x) != len(x_s) or (s.inner, s.reg) != (inner, reg):
+        raise ValueError(f"terms_s are those of {len(s.x)} samples, inner = {s.inner!r}, reg = {s.reg}")
+    t = OtddTerms(x_t, y_t, inner, reg, mass_t, info)
+    d = squared_distances(s.x, t.x)  # (n, m)
+    cost = d / 2
+    if inner != "none":
+        i, j = torch.cartesian_prod(*(torch.arange(len(side.members), device=d.device) for side in (s, t))).T
+        w = label_distances(d, s, t, i, j).view(len(s.members), len(t.members))  # (K_s, K_t)
+        cost = cost + w[s.index][:, t.index] / 2
+    if reg == 0:
+        return exact_cost(cost, s.mass, t.mass)
+    return entropic_cost(cost, s.mass, t.mass, reg, info=info) - (s.self_cost + t.self_cost) / 2
+
+
+def mmd(x, x2):
+    """Squared maximum mean discrepancy, biased estimator, as in ORCA's code. (n, D), (m, D) -> scalar
+
+        mean(K_xx) + mean(K_x'x') - 2 mean(K_xx'),   K = sum_i exp(-|x - x'|^2 / (c_i b)),   c = 1/4, 1/2, 1, 2, 4
+
+    The bandwidth b is the mean squared distance between different samples of the union, held constant.
+    """
+    n, m = len(x), len(x2)
+    both = torch.cat([x, x2])
+    d = squared_distances(both, both)  # (n + m, n + m)
+    bandwidth = d.detach().sum() / ((n + m) ** 2 - (n + m))
+    K = sum(torch.exp(-d / (c * bandwidth)) for c in (0.25, 0.5, 1, 2, 4))
+    return K[:n, :n].mean() + K[n:, n:].mean() - 2 * K[:n, n:].mean()
+
+
+def l2(x, x2):
+    """Mean Euclidean distance of samples paired by position. (..., n, D), (..., n, D) -> scalar"""
+    return (x - x2).norm(dim=-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -318,6 +543,7 @@ class Run:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = "bf16 autocast" if bf16 else "fp32"
         self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
+        self.stage1 = []  # a row for each epoch of a method's first stage
         seed_everything(self.args.seed)
 
     def open(self, *splits):
@@ -332,7 +558,8 @@ class Run:
         backbone = Path(args.backbone).name.replace(":", "_").removesuffix(".safetensors")
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
-        if self.last.exists() or self.result_file.exists():
+        self.stage1_file = self.folder / "stage1.safetensors"
+        if any(file.exists() for file in (self.stage1_file, self.last, self.result_file)):
             if not args.resume:
                 raise UserError(
                     f"{self.folder} holds a run already.\nGo on with --resume, choose another --out-dir, or remove the folder."
@@ -383,6 +610,31 @@ class Run:
         if self.world == 1:
             return module
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+
+    def keep_stage1(self, rows, **modules):
+        """A method's first stage is over: keep its weights and its rows of numbers, one row an epoch, in one file."""
+        self.stage1 = rows
+        if self.rank == 0:
+            weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
+            write(self.stage1_file, to_safetensors(weights, {"rows": json.dumps(rows)}))
+            self.write_history()
+
+    def restore_stage1(self, **modules):
+        """Load what `keep_stage1` kept; False if there is nothing yet."""
+        if not self.stage1_file.exists():
+            return False
+        try:
+            with safe_open(self.stage1_file, "pt") as file:
+                self.stage1 = json.loads(file.metadata()["rows"])
+            weights = load_file(self.stage1_file)
+            for name, module in modules.items():
+                module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.stage1_file} is no first stage of this run ({reason(error)}).\nRemove the folder to start over."
+            ) from error
+        print(f"resumed after stage 1, {len(self.stage1)} epochs")
+        return True
 
     def accumulating(self, module, step_follows):
         """Gradients travel between processes only on the micro-batch that an optimizer step follows."""
@@ -456,7 +708,8 @@ class Run:
         self.write_history()
 
     def write_history(self):
-        write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history).encode())
+        rows = [{"stage": 1, **row} for row in self.stage1] + self.history
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def finish(self, model, loaded, source=None):
         """Test the last and the best checkpoint; write result.json and curves.png. Returns the result."""
@@ -476,7 +729,8 @@ class Run:
             "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
             "test": test, "test_last": test_last,
             "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "n_train": len(loaded.train),
-            "seconds": round(self.seconds, 1), "samples_per_second": round(seen / self.seconds, 1),
+            "seconds": round(self.seconds + sum(row["seconds"] for row in self.stage1), 1),
+            "samples_per_second": round(seen / self.seconds, 1),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
         }  # fmt: skip
@@ -491,17 +745,18 @@ class Run:
         return result
 
     def plot(self, result):
-        """curves.png: training loss, validation metric, and every other number the method logs, over the epochs."""
+        """curves.png: every number of stage 1 over its epochs, then loss, validation metric and the rest over the epochs."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        names = [k for k in self.history[0] if k not in ("epoch", "seconds", "lr")]
-        figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 2.8), layout="constrained", squeeze=False)
-        for axis, name in zip(axes[0], names, strict=True):
-            axis.plot([row["epoch"] for row in self.history], [row[name] for row in self.history], ".-")
-            axis.set(xlabel="epoch", title=name)
+        panels = [("stage 1: ", self.stage1, k) for row in self.stage1[:1] for k in row if k not in ("epoch", "seconds")]
+        panels += [("", self.history, k) for k in self.history[0] if k not in ("epoch", "seconds", "lr")]
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), layout="constrained", squeeze=False)
+        for axis, (stage, rows, name) in zip(axes[0], panels, strict=True):
+            axis.plot([row["epoch"] for row in rows], [row[name] for row in rows], ".-")
+            axis.set(xlabel="epoch", title=stage + name)
             axis.locator_params(axis="x", integer=True)
             axis.grid(alpha=0.3)
             if name == "val":
@@ -528,13 +783,11 @@ class Run:
             )
         encoder.compile()
 
-    def progress(self, batches, steps, epoch):
-        """A bar over the steps of an epoch, on the first process, where somebody watches."""
+    def progress(self, items, total, label):
+        """A bar over the steps, on the first process, where somebody watches."""
         from tqdm import tqdm
 
-        return tqdm(
-            batches, f"epoch {epoch + 1}/{self.args.epochs}", steps, leave=False, disable=None if self.rank == 0 else True
-        )
+        return tqdm(items, label, total, leave=False, disable=None if self.rank == 0 else True)
 
 
 def now():

@@ -49,10 +49,12 @@ def command_line(Args, doc):
         args = tyro.cli(Args, description=doc)
         if hasattr(args, "task"):
             find_task(args.task)
-        for name in ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature"):
+        for name in ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature",
+                     "embedder_lr", "max_samples", "classes_per_problem", "source_samples"):  # fmt: skip
             if (value := getattr(args, name, None)) is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be positive.")
-        for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32), ("gate_noise", 1e3), ("clip", 1e9)):
+        for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32), ("gate_noise", 1e3), ("clip", 1e9),
+                           ("warmup_share", 1), ("embedder_epochs", 1e6), ("reg", 1e9)):  # fmt: skip
             if not 0 <= (getattr(args, name, None) or 0) <= most:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and {most:g}.")
         return args
@@ -461,6 +463,10 @@ class Recipe:
     source: str = "cifar10"
     k_begin: float = 0.0  # PaRe: share of the target's tokens replaced in the first epoch
     k_end: float = 0.0  # PaRe as released: share that the schedule falls to
+    embedder_epochs: int = 60  # ORCA: steps of the alignment
+    max_samples: int = 128  # ORCA: samples of a target class in one of them
+    source_samples: int = 5000  # ORCA: source samples that the distance is measured to
+    reg: float = 0.1  # ORCA: entropic strength of its distance
     n_train: int | None = None
 
 
@@ -550,7 +556,8 @@ PROXIES = {
 }  # fmt: skip
 
 # The tiny scale has one recipe for every method and task: no method is tuned alone.
-TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, n_train=5000)
+TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, embedder_epochs=20, max_samples=32,
+              source_samples=1000, reg=0.0, n_train=5000)  # fmt: skip
 TOY_TRAIN, TOY_TEST = 3000, 1000
 SOURCE_SAMPLES = 5000  # as in the official codes
 
@@ -575,6 +582,7 @@ def complete(args, method, scale):
         warmup_epochs=recipe.warmup_epochs * squeeze,
         decay_epochs=recipe.decay_epochs * squeeze,
         k_end=recipe.k_end if args.as_released else 0.0,
+        reg=Recipe.reg if args.as_released else recipe.reg,
     )
     return replace(args, **{f.name: getattr(recipe, f.name) for f in fields(recipe) if getattr(args, f.name, "") is None})
 

@@ -73,8 +73,8 @@ class Args:
     # ---- finetune
     mode: Literal["naive", "scratch", "frozen", "warmup", "probe"] = "naive"
     """what trains, and from where: see above"""
-    embedder_epochs: int | None = None
-    """warmup: of --epochs, so many train only the embedder. Default: a sixth"""
+    warmup_share: float = 1 / 6
+    """warmup: share of --epochs that trains only the embedder"""
 
 
 if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
@@ -126,7 +126,7 @@ def main(args):
     # ---- finetune: what trains
     net = model
     choose(model, args.mode)
-    warming_epochs = (args.embedder_epochs or max(1, args.epochs // 6)) if args.mode == "warmup" else 0
+    warming_epochs = max(1, round(args.epochs * args.warmup_share)) if args.mode == "warmup" else 0
 
     # ---- optimizer and schedule
     net = run.distribute(net)
@@ -142,7 +142,7 @@ def main(args):
         choose(model, args.mode, epoch < warming_epochs)  # finetune
         start, losses = common.now(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
-        for step, (x, y) in enumerate(bar := run.progress(batches, steps, epoch)):
+        for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.accumulating(net, step_follows):

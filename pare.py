@@ -266,7 +266,7 @@ def main(args):
         k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
         lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
         gate_trains = not args.as_released or epoch < max(1, min(10, args.epochs // 6))  # PaRe: rows P4, P5
-        for step, (x, y) in enumerate(bar := run.progress(batches, steps, epoch)):
+        for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.accumulating(net, step_follows):

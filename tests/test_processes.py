@@ -50,7 +50,7 @@ def test_two_processes_may_leave_parameters_unused(script, tmp_path):
     script("pare.py", *SGD[:-2], "--clip", 1, "--epochs", 2, "--k-begin", 0.02, out=tmp_path, processes=2)
     assert [row["k"] for row in rows(tmp_path / "spherical-pare-tiny-swin-s0-toy")] == [1, 0]
     for way, processes in (("one", 1), ("two", 2)):
-        options = ["--mode", "warmup", "--embedder-epochs", 1, "--epochs", 2, "--batch-size", 16, "--accumulate", 2]
+        options = ["--mode", "warmup", "--warmup-share", 0.5, "--epochs", 2, "--batch-size", 16, "--accumulate", 2]
         script("finetune.py", *SGD, *options, out=tmp_path / way, processes=processes)
     one, two = (weights(tmp_path / way / "spherical-warmup-tiny-swin-s0-toy") for way in ("one", "two"))
     assert all(torch.allclose(value, two[key], atol=2e-5) for key, value in one.items())

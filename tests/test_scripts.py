@@ -47,7 +47,7 @@ def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
 def test_each_baseline_learns_and_trains_what_it_says(script, tmp_path, mode):
     import common
 
-    script("finetune.py", *SHORT, "--mode", mode, *(["--embedder-epochs", 3] if mode == "warmup" else []), out=tmp_path)
+    script("finetune.py", *SHORT, "--mode", mode, *(["--warmup-share", 1] if mode == "warmup" else []), out=tmp_path)
     folder = tmp_path / f"spherical-{mode}-tiny-swin-s0-toy"
     assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"]
     assert result(folder)["method"] == mode and result(folder)["source"] is None
