@@ -1,6 +1,7 @@
 """Claims about speed, each measured against what it is compared with, in one run.
 
-    python tools/bench.py topk      the relaxed top-k of PaRe's gate against the official code's N softmaxes
+    python tools/bench.py topk        the relaxed top-k of PaRe's gate against the official code's N softmaxes
+    python tools/bench.py distance    ORCA's distance between data sets against the way the official code works it out
 
 Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
 """
@@ -23,7 +24,7 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["topk"], tyro.conf.Positional]
+    what: Annotated[Literal["topk", "distance"], tyro.conf.Positional]
     """what to measure"""
     rounds: int = 3
     """times each candidate runs, in turn; the median counts"""
@@ -34,6 +35,7 @@ if __name__ == "__main__":
 
 import torch
 
+import common
 import pare
 
 
@@ -91,6 +93,14 @@ def one_step(operator):
     return statistics.median(times), peak() - before
 
 
+def machine():
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+    )
+
+
 def topk(args):
     seconds, memory = {name: [] for name in OPERATORS}, {name: [] for name in OPERATORS}
     context = multiprocessing.get_context("spawn")
@@ -100,13 +110,8 @@ def topk(args):
                 took, megabytes = pool.apply(one_step, (name,))
             seconds[name].append(took)
             memory[name].append(megabytes)
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
-    )
     print(
-        f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward, {machine}, torch {torch.__version__}"
+        f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward, {machine()}, torch {torch.__version__}"
     )
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(f"| {'operator':22} | {'seconds':27} | extra MB | times faster |\n|---|---|---|---|")
@@ -117,5 +122,130 @@ def topk(args):
         print(f"| {name:22} | {spread:27} | {max(statistics.median(memory[name]), 0):8.0f} | {reference / middle:12.0f} |")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def square(x, y):
+    return (x * x).sum(1)[:, None] - 2 * x @ y.T + (y * y).sum(1)[None]
+
+
+def plain_divergence(x, y, cost, eps=0.1):
+    """A debiased Sinkhorn divergence as the official code gets it from geomloss, restated. (n, D), (m, D) -> scalar
+
+    Simultaneous, averaged updates while eps falls from the squared diameter D^2 (twice) by quarters to its last value: about
+    2 + log_4(D^2 / eps) of them, with no look at whether that was enough. Then one more, with a gradient.
+    """
+    a, b = torch.full_like(x[:, 0], 1 / len(x)).detach(), torch.full_like(y[:, 0], 1 / len(y)).detach()
+    both = torch.cat([x, y]).detach()
+    at = float((both.amax(0) - both.amin(0)).square().sum())  # D^2
+    annealing = [at]
+    while at > eps:
+        annealing.append(at)
+        at /= 4
+    annealing.append(eps)
+    softmin = lambda eps, C, weights, g: -eps * ((g - C) / eps + weights.log()).logsumexp(1)
+    C_xy, C_yx, C_xx, C_yy = cost(x, y.detach()), cost(y, x.detach()), cost(x, x.detach()), cost(y, y.detach())
+    with torch.no_grad():
+        f, f_own = (softmin(annealing[0], C, w, torch.zeros_like(w)) for C, w in ((C_xy, b), (C_xx, a)))
+        g, g_own = (softmin(annealing[0], C, w, torch.zeros_like(w)) for C, w in ((C_yx, a), (C_yy, b)))
+        for at in annealing:
+            f, g = (f + softmin(at, C_xy, b, g)) / 2, (g + softmin(at, C_yx, a, f)) / 2
+            f_own, g_own = (f_own + softmin(at, C_xx, a, f_own)) / 2, (g_own + softmin(at, C_yy, b, g_own)) / 2
+    f, g = softmin(eps, C_xy, b, g), softmin(eps, C_yx, a, f)
+    return (a * (f - softmin(eps, C_xx, a, f_own))).sum() + (b * (g - softmin(eps, C_yy, b, g_own))).sum()
+
+
+def plain_otdd(x_s, y_s, x_t, y_t, eps=0.1):
+    """ORCA's distance as its official code works it out: one problem after the other, all of them again in every call.
+
+    The label distances are numbers, without a gradient; a sample carries its label as one more column.
+    """
+    y_s, y_t = y_s.unique(return_inverse=True)[1], y_t.unique(return_inverse=True)[1]
+    clouds = [x[y == c].detach() for x, y in ((x_s, y_s), (x_t, y_t)) for c in y.unique()]
+    w = torch.zeros(len(clouds), len(clouds), device=x_s.device)
+    for i in range(len(clouds)):
+        for j in range(i):
+            w[i, j] = w[j, i] = plain_divergence(clouds[i], clouds[j], square, eps).item()
+
+    def cost(x, y):
+        return square(x[:, :-1], y[:, :-1]) / 2 + w[x[:, -1].long()][:, y[:, -1].long()] / 2
+
+    labelled = (torch.cat([x, y[:, None]], 1) for x, y in ((x_s, y_s), (x_t, y_t + len(y_s.unique()))))
+    return plain_divergence(*labelled, cost, eps)
+
+
+def clouds(n, D, device, m=128):
+    """n source samples in 10 classes and m target samples in one, about as far apart as embedded pictures."""
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    y_s = torch.arange(n) % 10
+    x_s, x_t = 0.3 * randn(10, D)[y_s] + 0.4 * randn(n, D), 0.3 * randn(1, D) + 0.4 * randn(m, D)
+    return [t.to(device) for t in (x_s, y_s, x_t, torch.zeros(m, dtype=torch.long))]
+
+
+DISTANCES = {  # name: (inner, reg, source terms given)
+    "the official way": None,
+    "ours, exact": ("exact", 0.0, False),
+    "ours, Sinkhorn 0.1": ("exact", 0.1, False),
+    "ours, Sinkhorn 0.1, source terms once": ("exact", 0.1, True),
+    "the same, features only (--as-released)": ("none", 0.1, True),
+}
+
+
+def one_distance(name, n, D):
+    """Value and gradient of one distance: seconds, value, gradient."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x_s, y_s, x_t, y_t = clouds(n, D, device)
+    x_t.requires_grad_()
+    common.otdd(x_s[:20], y_s[:20], x_t, y_t)  # imports POT
+    way = DISTANCES[name]
+    terms = common.OtddTerms(x_s, y_s, *way[:2]) if way and way[2] else None
+    times = []
+    for _ in range(5 if way else 1):
+        x_t.grad, start = None, time.perf_counter()
+        value = plain_otdd(x_s, y_s, x_t, y_t) if way is None else common.otdd(x_s, y_s, x_t, y_t, *way[:2], terms_s=terms)
+        value.backward()
+        value = value.item()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), value, x_t.grad.cpu().numpy()
+
+
+def distance(args):
+    import numpy as np
+
+    print(f"OTDD and its gradient, 10 source classes, 128 target samples of one class, {machine()}, torch {torch.__version__}")
+    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(
+        "| source samples | width | distance | seconds | times faster | value | against exact | gradient: cosine with exact |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for n, D in ((1000, 128), (1000, 768), (5000, 128), (5000, 768)):
+        results = {name: [] for name in DISTANCES}
+        for _ in range(args.rounds):
+            for name in DISTANCES:
+                with context.Pool(1) as pool:
+                    results[name].append(pool.apply(one_distance, (name, n, D)))
+        x_s, y_s, x_t, y_t = clouds(n, D, "cpu")
+        exact = {}  # inner -> value, gradient; "none" is what remains where label distances are constants
+        for inner in ("exact", "none"):
+            x = x_t.clone().requires_grad_()
+            value = common.otdd(x_s, y_s, x, y_t, inner)
+            value.backward()
+            exact[inner] = value.item(), x.grad.numpy()
+        reference = statistics.median(r[0] for r in results["the official way"])
+        for name, rows in results.items():
+            seconds = [row[0] for row in rows]
+            way, (_, value, gradient) = DISTANCES[name], rows[0]
+            true_value = exact["none" if way and way[0] == "none" else "exact"][0]
+            true = exact["exact" if way and way[0] == "exact" else "none"][1]
+            cosine = (gradient * true).sum() / np.sqrt((gradient**2).sum() * (true**2).sum())
+            middle = statistics.median(seconds)
+            print(f"| {n:,} | {D} | {name} | {middle:.4f} ({min(seconds):.4f} to {max(seconds):.4f}) | {reference / middle:.0f} |",
+                  f"{value:.4g} | {value / true_value - 1:+.2%} | {cosine:.3f} |", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
-    data.guarded({"topk": topk}[args.what], args)
+    data.guarded({"topk": topk, "distance": distance}[args.what], args)
