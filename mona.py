@@ -179,20 +179,24 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         if gradient == "first-order":
             zero = torch.zeros_like(L_inner)
             return list(g_e), list(g_h), torch.stack([L_inner.detach(), zero, zero, zero])
-        theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}  # line 2
+        with contextlib.nullcontext() if exact else torch.no_grad():  # line 2
+            theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}
+        del g, g_theta  # each is as large as the encoder
         if exact:
             align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
             outer = torch.autograd.grad(lambda_ * (align + uniform), e)
         else:
-            theta_star = {name: p.detach().requires_grad_() for name, p in theta_star.items()}
+            theta_star = {name: p.requires_grad_() for name, p in theta_star.items()}
             align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
             v = torch.autograd.grad(align + uniform, list(theta_star.values()))
+            del theta_star
             c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
             sides = []
             with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
                 for sign in (c, -c):
                     moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
                     sides.append(torch.autograd.grad(inner_loss(moved), e))
+                    del moved
             outer = [-lambda_ * inner_lr * (plus - minus) / (2 * c) for plus, minus in zip(*sides, strict=True)]
     norm = lambda parts: torch.stack(torch._foreach_norm(list(parts))).norm()
     log = torch.stack([L_inner, align, uniform, norm(outer) / norm(g_e)]).detach()

@@ -2,6 +2,7 @@
 
     python tools/bench.py topk        the relaxed top-k of PaRe's gate against the official code's N softmaxes
     python tools/bench.py distance    ORCA's distance between data sets against the way the official code works it out
+    python tools/bench.py meta        MoNA's step of stage 1, by finite difference and exact, against a plain fine-tuning step
 
 Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
 """
@@ -24,8 +25,12 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["topk", "distance"], tyro.conf.Positional]
+    what: Annotated[Literal["topk", "distance", "meta"], tyro.conf.Positional]
     """what to measure"""
+    backbone: str = "tiny-swin"
+    """meta: of the model. random:swin_base has the papers' size"""
+    batch_size: int = 32
+    """meta: of target and source"""
     rounds: int = 3
     """times each candidate runs, in turn; the median counts"""
 
@@ -36,6 +41,7 @@ if __name__ == "__main__":
 import torch
 
 import common
+import mona
 import pare
 
 
@@ -59,6 +65,13 @@ def plain_top_k(scores, k):
     return torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0) * scores
 
 
+def peak():
+    """Most memory so far, in MB: of the device, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
 OPERATORS = {"N softmaxes (official)": n_softmaxes, "threshold (ours)": pare.top_k_mask, "plain top-k": plain_top_k}
 B, N, K = 16, 3136, 2000
 
@@ -78,13 +91,6 @@ def one_step(operator):
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak():
-        return (
-            torch.cuda.max_memory_allocated() / 1e6
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        )
-
     times, before = [], peak()
     for _ in range(20 if fast else 1):
         start = time.perf_counter()
@@ -94,11 +100,8 @@ def one_step(operator):
 
 
 def machine():
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
-    )
+    cpu = f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+    return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}"
 
 
 def topk(args):
@@ -110,9 +113,7 @@ def topk(args):
                 took, megabytes = pool.apply(one_step, (name,))
             seconds[name].append(took)
             memory[name].append(megabytes)
-    print(
-        f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward, {machine()}, torch {torch.__version__}"
-    )
+    print(f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward,", machine())
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(f"| {'operator':22} | {'seconds':27} | extra MB | times faster |\n|---|---|---|---|")
     reference = statistics.median(seconds["N softmaxes (official)"])
@@ -215,7 +216,7 @@ def one_distance(name, n, D):
 def distance(args):
     import numpy as np
 
-    print(f"OTDD and its gradient, 10 source classes, 128 target samples of one class, {machine()}, torch {torch.__version__}")
+    print("OTDD and its gradient, 10 source classes, 128 target samples of one class,", machine())
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(
         "| source samples | width | distance | seconds | times faster | value | against exact | gradient: cosine with exact |"
@@ -243,9 +244,69 @@ def distance(args):
             true = exact["exact" if way and way[0] == "exact" else "none"][1]
             cosine = (gradient * true).sum() / np.sqrt((gradient**2).sum() * (true**2).sum())
             middle = statistics.median(seconds)
-            print(f"| {n:,} | {D} | {name} | {middle:.4f} ({min(seconds):.4f} to {max(seconds):.4f}) | {reference / middle:.0f} |",
+            spread = f"{middle:.4f} ({min(seconds):.4f} to {max(seconds):.4f})"
+            print(f"| {n:,} | {D} | {name} | {spread} | {reference / middle:.0f} |",
                   f"{value:.4g} | {value / true_value - 1:+.2%} | {cosine:.3f} |", flush=True)  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# MoNA's meta-gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def one_meta_step(way, backbone, B):
+    """A step of stage 1, or of plain fine-tuning, on random pictures: seconds, MB above the model and its data."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    source = common.load_source(backbone)
+    embedder = common.Embedder2d(3, source.token_width, source.size)
+    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 100)).to(device)
+    source.embedder.to(device)
+    x, y, x_s, y_s = (t.to(device) for t in (torch.randn(B, 3, 60, 60), torch.arange(B) % 100, torch.randn(B, 3, 32, 32),
+                                             torch.arange(B) % 10))  # fmt: skip
+    plain = way == "fine-tuning step"
+    trained = list(model.parameters()) if plain else [*embedder.parameters(), *model.predictor.parameters()]
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+    loss = torch.nn.functional.cross_entropy
+    before, times = peak(), []
+    for _ in range(3 if source.size > 100 else 20):
+        start = time.perf_counter()
+        if plain:
+            loss(model(x), y).backward()
+        else:
+            with torch.no_grad():
+                tokens_s = source.embedder(x_s)
+            g_e, g_h, _ = mona.meta_gradient(model, loss, x, y, tokens_s, y_s, 1.0, 1.0, way)
+            for parameter, gradient in zip(trained, g_e + g_h, strict=True):
+                parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), peak() - before
+
+
+def meta(args):
+    ways = ("fine-tuning step", "first-order", "finite-difference", "exact")
+    results = {way: [] for way in ways}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(args.rounds):
+        for way in ways:
+            with context.Pool(1) as pool:
+                results[way].append(pool.apply(one_meta_step, (way, args.backbone, args.batch_size)))
+    print(f"A step of MoNA's stage 1 and one of fine-tuning, {args.backbone}, batch {args.batch_size}, fp32,", machine())
+    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(
+        "| step | seconds | times a fine-tuning step | MB above the model | times a fine-tuning step |\n|---|---|---|---|---|"
+    )
+    seconds_of, memory_of = ([statistics.median(column) for column in zip(*results[ways[0]], strict=True)][k] for k in (0, 1))
+    for way, rows in results.items():
+        seconds, memory = zip(*rows, strict=True)
+        middle, extra = statistics.median(seconds), statistics.median(memory)
+        print(f"| {way} | {middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f}) | {middle / seconds_of:.2f} |",
+              f"{extra:.0f} | {extra / memory_of:.2f} |")  # fmt: skip
+
+
 if __name__ == "__main__":
-    data.guarded({"topk": topk, "distance": distance}[args.what], args)
+    data.guarded({"topk": topk, "distance": distance, "meta": meta}[args.what], args)
