@@ -7,6 +7,7 @@
 Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
 """
 
+import itertools
 import multiprocessing
 import platform
 import resource
@@ -31,6 +32,8 @@ class Args:
     """meta: of the model. random:swin_base has the papers' size"""
     batch_size: int = 32
     """meta: of target and source"""
+    samples: tuple[int, ...] = (1000, 5000)
+    """distance: of the source"""
     rounds: int = 3
     """times each candidate runs, in turn; the median counts"""
 
@@ -223,7 +226,7 @@ def distance(args):
     )
     print("|---|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
-    for n, D in ((1000, 128), (1000, 768), (5000, 128), (5000, 768)):
+    for n, D in itertools.product(args.samples, (128, 768)):
         results = {name: [] for name in DISTANCES}
         for _ in range(args.rounds):
             for name in DISTANCES:
