@@ -83,7 +83,7 @@ class Args:
     """passes over the training samples in stage 1; each step costs about three of stage 2. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: that of stage 2"""
-    inner_lr: float = 1.0
+    inner_lr: float = 0.1
     """alpha, of the virtual step. lambda alpha weighs the outer gradient: at fine-tuning rates it vanishes, see `ratio`"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
     """weight of the source's loss. 0: embedder warm-up"""
