@@ -80,7 +80,7 @@ class Args:
 
     # ---- MoNA
     meta_epochs: int | None = None
-    """passes over the training samples in stage 1; each step costs about three of stage 2. 0: naive fine-tuning"""
+    """passes over the training samples in stage 1, a step for each --batch-size. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: that of stage 2"""
     inner_lr: float = 0.1
