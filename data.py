@@ -1094,45 +1094,36 @@ def toy_spherical(n, size, seed):
     return project_to_sphere(x, random_rotations(n, seed), b=size // 2), y
 
 
-def waves(rng, n, shape, cycles):
-    """Four waves of random direction, phase and strength on [0, 1]^d, up to `cycles` periods along an axis.
-
-    Returns: what they look like now (n, 4, *shape) float32, and later: moved on by a tenth, the fast ones damped.
-    """
-    axes = np.meshgrid(*[np.arange(size, dtype=np.float32) / size for size in shape], indexing="ij")
-    k = rng.integers(1, cycles + 1, (n, 4, len(shape))) * rng.choice([-1, 1], (n, 4, len(shape)))
-    strength, phase = rng.uniform(0.2, 1, (n, 4)), rng.uniform(0, 2 * np.pi, (n, 4))
-    dot = sum(np.multiply.outer(k[..., i].astype(np.float32), axis) for i, axis in enumerate(axes))  # (n, 4, *shape)
-    spread = (n, 4) + (1,) * len(shape)
-    angle = 2 * np.pi * dot + phase.reshape(spread).astype(np.float32)
-    later = 2 * np.pi * 0.1 * k.sum(-1).reshape(spread)
-    damping = np.exp(-0.05 * (k**2).sum(-1)).reshape(spread)
-    strength = strength.reshape(spread)
-    return np.float32(strength * np.sin(angle)), np.float32(strength * damping * np.sin(angle - later))
-
-
 def toy_fields(n, seed, shape, output, cycles=3):
-    """Travelling, damped waves: x (n, *shape) at the start, y (n, *output) later. In several channels each has its own waves.
+    """Travelling waves: x (n, *shape) at the start, y (n, *output) later, moved on by a tenth, the fast ones damped.
 
-    One-dimensional fields have the shapes (1, L), two-dimensional (C, H, W) and (H, W).
+    Four waves of random direction, phase and strength, up to `cycles` periods along an axis: their sum, or in several
+    channels one of them in each. Shapes: (1, L) and (1, L) in one dimension, (C, H, W) and (H, W) in two.
     """
-    rng, x, y = np.random.default_rng(seed), np.empty((n, *shape), np.float32), np.empty((n, *output), np.float32)
-    for i in range(0, n, 100):
-        m = min(100, n - i)
-        now, later = waves(rng, m, shape[1:], cycles)  # (m, 4, *space)
-        x[i : i + m] = now.sum(1, keepdims=True) if shape[0] == 1 else now[:, np.arange(shape[0]) % 4]
-        y[i : i + m] = later.sum(1).reshape(m, *output)
-    return x, y
+    rng, space = np.random.default_rng(seed), shape[1:]
+    k = rng.integers(1, cycles + 1, (n, 4, len(space))) * rng.choice([-1, 1], (n, 4, len(space)))  # periods
+    now = rng.uniform(0.2, 1, (n, 4)) * np.exp(2j * np.pi * rng.random((n, 4)))  # strength and phase
+    later = now * np.exp(-2j * np.pi * 0.1 * k.sum(-1) - 0.05 * (k**2).sum(-1))
+    along = [np.exp(2j * np.pi * k[..., i, None] * np.arange(m) / m).astype(np.complex64) for i, m in enumerate(space)]
+    axes, product = (
+        "hw"[: len(space)],
+        ",".join(["nj", *(f"nj{axis}" for axis in "hw"[: len(space)])]),
+    )  # each wave (n, 4, H, W)
+    x = np.einsum(f"{product}->n{'j' * (shape[0] > 1)}{axes}", now.astype(np.complex64), *along, optimize=True).imag
+    y = np.einsum(f"{product}->n{axes}", later.astype(np.complex64), *along, optimize=True).imag
+    x = x[:, np.arange(shape[0]) % 4] if shape[0] > 1 else x[:, None]  # (n, C, *space)
+    return x, y.reshape(n, *output)
 
 
 def toy_proteins(n, seed):
     """psicov's shapes from waves, made when they are asked for: x (n, 57, 512, 512), y (n, 512, 512) from 2 to 16."""
 
-    def sample(row):
-        x, y = toy_fields(1, (seed, row), (57, SIDE // 8, SIDE // 8), (SIDE // 8, SIDE // 8))
-        return np.kron(x[0], np.ones((8, 8), np.float32)), np.kron((9 + 4 * y[0]).clip(2, FAR), np.ones((8, 8), np.float32))
+    def enlarged(row, part):
+        coarse = toy_fields(1, (seed, row), (57, SIDE // 8, SIDE // 8), (SIDE // 8, SIDE // 8))[part][0]
+        fine = coarse.repeat(8, -1).repeat(8, -2)  # (..., 64, 64) -> (..., 512, 512)
+        return (9 + 4 * fine).clip(2, FAR) if part else fine
 
-    return tuple(of_files(lambda row, part=part: sample(row)[part], range(n)) for part in (0, 1))
+    return tuple(of_files(functools.partial(enlarged, part=part), range(n)) for part in (0, 1))
 
 
 def toy_hits(n, seed):
@@ -1853,7 +1844,8 @@ class Split:
             for part in (x, y)
         )  # copied if it is the map of a file
         self.classes, self.kind, self.augment, self.draws = classes, kind, like.augment, like.draws
-        self.target, self.output, self.loss = like.target, like.output if classes is None else (classes,), like.loss
+        self.target, self.shape, self.loss = like.target, like.shape, like.loss
+        self.output = like.output if classes is None else (classes,)
         self.stream = zlib.crc32(like.name.encode())  # target and source draw different numbers
         self.mean = None if like.mean is None else torch.tensor(like.mean, device=device)[:, None, None]  # (C, 1, 1)
         self.std = None if like.mean is None else torch.tensor(like.std, device=device)[:, None, None]
@@ -1897,9 +1889,7 @@ class Split:
     @property
     def chunk(self):
         """How many samples may be evaluated at once: 256, or fewer where they are large (64 MB of inputs)."""
-        import torch
-
-        return min(256, max(1, 2**24 // self.inputs(torch.zeros(1, dtype=torch.int64, device=self.device)).numel()))
+        return min(256, max(1, 2**24 // math.prod(self.shape)))
 
     def plan(self, steps, batch_size, seed, epoch):
         """The samples of every step of an epoch (steps, batch_size) and the draws that augment them (steps, batch_size, draws).
@@ -1966,9 +1956,10 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
         if scale != "tiny":
             raise Missing(f"{task.name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated data take the place of {task.name}; {advice}")
-        n = min(n_train or TOY_TRAIN, TOY_TRAIN)
+        most = max(24, 2**28 // math.prod(task.shape))  # 1 GB
+        n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
         train = task.toy(n + n // 9 + 1, seed=0)
-        test = task.toy(TOY_TEST, seed=1)
+        test = task.toy(min(TOY_TEST, most), seed=1)
         kind, classes = "toy", toy_classes(task, train[1])
     order = np.random.default_rng(seed).permutation(len(train[1]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
