@@ -915,11 +915,8 @@ def fetch_table(number, data_dir, fetching=False):
     folder = Path(data_dir) / "openml"
     if not fetching and not (folder / f"openml.org/api/v1/json/data/{number}.gz").exists():
         raise Missing(f"no table {number} in {folder}.")
-    if fetching:
+    with contextlib.nullcontext() if fetching else reading(folder, f"table {number} as scikit-learn keeps it"):
         table = fetch_openml(data_id=number, data_home=data_dir, as_frame=False, parser="liac-arff", n_retries=1)
-    else:
-        with reading(folder, f"table {number} as scikit-learn keeps it"):
-            table = fetch_openml(data_id=number, data_home=data_dir, as_frame=False, parser="liac-arff", n_retries=0)
     if table.target is None or table.target.ndim != 1 or not isinstance(table.data, np.ndarray):
         raise UserError(f"OpenML {number} has no single target column, or is sparse: not a classification table.")
     categories = {i: len(table.categories[name]) for i, name in enumerate(table.feature_names) if name in table.categories}
@@ -945,9 +942,10 @@ def read_openml(data_dir, cache, number):
         kind = "sklearn"
     known = np.array([label not in ("nan", "?", "None", "") for label in labels.astype(str)])
     values, (names, y) = values[known], np.unique(labels[known], return_inverse=True)
-    if len(names) < 2 or np.bincount(y).min() < 2:
+    rarest = np.bincount(y).min(initial=len(y))
+    if len(names) < 2 or rarest < 2 or len(y) < 10 * len(names):
         raise UserError(
-            f"OpenML {number}: {len(names)} classes, the rarest with {np.bincount(y).min()} rows; 2 of 2 are needed."
+            f"OpenML {number}: {len(y)} rows, {len(names)} classes, the rarest with {rarest}: too few for a test set."
         )
     train, test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=0, stratify=y)
     numeric = [i for i in range(values.shape[1]) if i not in categories]
@@ -1946,6 +1944,8 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
 
     Raises: Missing at full scale when the files are not there; at the tiny scale toy data take their place, aloud.
     """
+    import torch
+
     task, data_dir = find_task(task), Path(data_dir)
     try:
         train, test, kind, *changes = task.read(data_dir, Path(cache))
@@ -1972,6 +1972,10 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
     parts = {"val": np.sort(order[:n_val]), "train": np.sort(order[n_val : n_val + n_train])}
     splits = {name: Split(train[0][i], train[1][i], classes, kind, task, device) for name, i in parts.items()}
     loaded = Loaded(task, **splits, test=Split(*test, classes, kind, task, device))
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    found, wanted = tuple(loaded.train.inputs(first).shape[1:]), tuple(task.shape)
+    if found != wanted:
+        raise UserError(f"{task.name}: {data_dir} has samples of {size(found)}; expected {size(wanted)}.")
     what = f"{classes} {'classes' if task.target == 'class' else 'labels'}" if classes else f"fields {size(task.output)}"
     print(f"target  {task.name}: {kind} data, {n_train:,} samples for training and {n_val:,} for validation of {len(order):,},",
           f"{len(loaded.test):,} for test, {what}")  # fmt: skip
@@ -2074,7 +2078,7 @@ def print_tasks(data_dir):
     example = openml_task(31)
     tables = len(list(Path(data_dir).glob("openml/openml.org/api/v1/json/data/[0-9]*.gz")))
     print(f"{'openml<ID>':21}{'as the table':16}{'classes':11}{example.metric:10}{example.recipes['pare'].source:14}",
-          f"{f'{tables} tables':13}any table with classes; 61, 187, 1510 and part of 28 are always here", sep="")  # fmt: skip
+          f"{f'{tables} tables':13}61, 187, 1510 and part of 28 are always here", sep="")  # fmt: skip
     print()
     for proxy in PROXIES.values():
         here = "present" if present(DOWNLOADS[proxy.download], data_dir) else "missing"
