@@ -163,11 +163,14 @@ DOWNLOADS = {
 }  # fmt: skip
 
 
+DEPTH = 3  # where files are looked for: in the data folder itself, in its folders, and in theirs
+
+
 def present(download, data_dir):
-    """Is all that the download gives in the folder? Patterns that begin with **/ look at most three folders deep."""
+    """Is all that the download gives in the folder? Patterns that begin with **/ look as deep as `locate`."""
 
     def found(pattern):
-        deep = [f"{'*/' * depth}{pattern[3:]}" for depth in range(4)] if pattern.startswith("**/") else [pattern]
+        deep = [f"{'*/' * depth}{pattern[3:]}" for depth in range(DEPTH)] if pattern.startswith("**/") else [pattern]
         return any(p.suffix != ".part" for d in deep for p in Path(data_dir).glob(d))
 
     return all(found(pattern) for pattern in download.gives)
@@ -284,8 +287,8 @@ def reading(path, what):
 
 
 def locate(data_dir, name):
-    """The file or folder `name` in data_dir, at most three folders deep. Raises Missing."""
-    for depth in range(4):
+    """The file or folder `name` in data_dir, at most two folders deep. Raises Missing."""
+    for depth in range(DEPTH):
         if found := sorted(Path(data_dir).glob("*/" * depth + name)):
             return found[0]
     raise Missing(f"no {name} in {data_dir}.")
@@ -1960,13 +1963,13 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
         n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
         train = task.toy(n + n // 9 + 1, seed=0)
         test = task.toy(min(TOY_TEST, most), seed=1)
-        kind, classes = "toy", toy_classes(task, train[1])
+        kind, classes = "toy", count_classes(task.target, train[1])
     order = np.random.default_rng(seed).permutation(len(train[1]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
     n_val = max(1, n_train // 9)
     if (groups := getattr(train[0], "groups", None)) is not None:  # a tenth of the groups, whole, comes first
-        held = np.unique(groups)
-        held = np.isin(groups[order], held[np.random.default_rng(seed).permutation(len(held))[: max(1, len(held) // 10)]])
+        kinds = np.random.default_rng(seed).permutation(np.unique(groups))
+        held = np.isin(groups[order], kinds[: max(1, len(kinds) // 10)])  # (n,) in the order drawn
         n_val, n_train = min(n_val, int(held.sum())), min(n_train, int((~held).sum()))
         order = np.concatenate([order[held][:n_val], order[~held]])
     parts = {"val": np.sort(order[:n_val]), "train": np.sort(order[n_val : n_val + n_train])}
@@ -1982,9 +1985,11 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
     return loaded
 
 
-def toy_classes(like, y):
-    """How many classes or labels the targets of a stand-in have; None for fields."""
-    return {"class": lambda: int(y.max()) + 1, "labels": lambda: y.shape[1], "field": lambda: None}[like.target]()
+def count_classes(target, y):
+    """How many classes or labels there are in y; None for fields."""
+    if target == "class":
+        return int(y.max()) + 1
+    return y.shape[1] if target == "labels" else None
 
 
 def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", tokenizer=None):
@@ -2003,7 +2008,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
             raise Missing(f"source {name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated data take the place of {name}; {advice}")
         x, y, *count = proxy.toy(min(n, TOY_TEST), seed=2)
-        kind, classes = "toy", toy_classes(proxy, y)
+        kind, classes = "toy", count_classes(proxy.target, y)
     if proxy.modality == "1d":
         ids = [tokenizer(words)[:WORDS] for words in x]
         x = np.array([row + [tokenizer.pad] * (WORDS - len(row)) for row in ids], np.int64)  # (n, words)
@@ -2039,6 +2044,7 @@ def prepare(name, data_dir):
         wanted = [*task.downloads] + [(PROXIES[source].download,) for source in sources]
         if table := re.fullmatch(r"openml(\d+)", name):
             prepare_table(int(table[1]), data_dir)
+    failed = {}
     for keys in wanted:
         if here := [key for key in keys if present(DOWNLOADS[key], data_dir)]:
             print(f"{here[0]}: present")
@@ -2050,8 +2056,15 @@ def prepare(name, data_dir):
                 break
             except UserError as error:
                 if key == keys[-1]:
-                    raise
-                print(f"{key}: {error}\nTrying {keys[1]} instead, from which we make it.")
+                    failed[key] = error
+                else:
+                    print(f"{key}: {error}\nTrying {keys[1]} instead, from which we make it.")
+    if len(failed) == 1:
+        raise failed.popitem()[1]
+    if failed:
+        for key, error in failed.items():
+            print(f"{key}: {error}")
+        raise UserError(f"{', '.join(failed)} could not be fetched; above is where each can be had and where it goes.")
 
 
 def prepare_table(number, data_dir):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -947,8 +948,22 @@ def test_the_table_fits_on_a_screen(capsys):
     assert len(lines) <= 32 and max(map(len, lines)) <= 140 and all(any(name in line for line in lines) for name in data.TASKS)
 
 
-def test_prepare_says_what_to_fetch_by_hand(tmp_path, monkeypatch):
-    dead = data.DOWNLOADS["deepsea"]
-    monkeypatch.setitem(data.DOWNLOADS, "deepsea", data.replace(dead, url="http://127.0.0.1:9/deepsea_filtered.npz"))
-    with pytest.raises(data.UserError, match=r"(?s)cannot be reached.*\n.*by hand.*Google Drive.*deepsea_filtered.npz, 860 MB"):
+def test_prepare_says_what_to_fetch_by_hand(tmp_path, monkeypatch, capsys):
+    for key, download in data.DOWNLOADS.items():
+        monkeypatch.setitem(data.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
+    with pytest.raises(data.UserError, match="^deepsea, conll2003 could not be fetched"):
         data.prepare("deepsea", tmp_path)
+    by_hand = r"deepsea: http.* cannot be reached .*\n.*by hand \(.*Google Drive.*\): .*/deepsea_filtered.npz, 860 MB."
+    assert re.search(by_hand, capsys.readouterr().out)
+    with pytest.raises(data.UserError, match="cannot be reached"):
+        data.prepare("voc", tmp_path)
+
+
+def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "conll2000.zip", "w") as archive:
+        archive.writestr("conll2000/train.txt", "w NN O")
+    data.prepare("conll2000", tmp_path)
+    assert (tmp_path / "conll2000/train.txt").read_text() == "w NN O"
+    (tmp_path / "protein.zip").write_bytes(b"half a zip")
+    with pytest.raises(data.UserError, match="protein.zip is not a whole archive"):
+        data.fetch(data.DOWNLOADS["protein"], tmp_path)
