@@ -282,6 +282,8 @@ def reading(path, what):
     except UserError:
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # unpacking to a full disk is no fault of the file
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable {what} ({reason}).\nRemove it and fetch it again.") from error
 
@@ -310,12 +312,12 @@ def save_array(path, array):
     unfinished.replace(path)
 
 
-def kept(cache, name, files, make):
-    """The arrays that `make()` returns, kept under `cache`, so that large `files` are gone through once: maps of .npy files."""
-    key = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:12]
+def kept(cache, name, file, make):
+    """The two arrays that `make()` reads from a large `file`, kept under `cache`: it is gone through once. Maps of .npy files."""
+    key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
     paths = [cache / f"{name}-{key}-{part}.npy" for part in ("x", "y")]
     if not all(path.exists() for path in paths):
-        print(f"reading {', '.join(f.name for f in files)}, once: {paths[0].parent}")
+        print(f"reading {file}, once; what is needed of it is kept in {cache}")
         for path, array in zip(paths, make(), strict=True):
             save_array(path, array)
     return tuple(np.load(path, mmap_mode="r") for path in paths)
@@ -647,19 +649,20 @@ def read_deepsea(data_dir, cache):
     for name in ("train", "val", "test"):
         x[name] = check_shape(path, map_npz(path, f"x_{name}", cache), (None, 1000, 4))
         y[name] = check_shape(path, map_npz(path, f"y_{name}", cache), (len(x[name]), 36)).astype(np.float32)
-    n = len(x["train"])
 
-    def read(parts, rows):
-        dna = np.empty((len(rows), 1000, 4), np.float32)
-        first = rows < n if len(parts) > 1 else np.ones(len(rows), bool)
-        dna[first] = parts[0][rows[first]]
-        if len(parts) > 1:
-            dna[~first] = parts[1][rows[~first] - n]
-        return dna.transpose(0, 2, 1)  # (B, 1000, 4) -> (B, 4, 1000)
+    def lazy(*parts):
+        ends = np.cumsum([len(part) for part in parts])
 
-    train = Lazy(n + len(x["val"]), lambda rows, u: read((x["train"], x["val"]), rows))
-    test = Lazy(len(x["test"]), lambda rows, u: read((x["test"],), rows))
-    return (train, np.concatenate([y["train"], y["val"]])), (test, y["test"]), "official"
+        def read(rows, u):
+            dna, which = np.empty((len(rows), 1000, 4), np.float32), np.searchsorted(ends, rows, side="right")
+            for i, part in enumerate(parts):
+                dna[which == i] = part[rows[which == i] - ends[i] + len(part)]
+            return dna.transpose(0, 2, 1)  # (B, 1000, 4) -> (B, 4, 1000)
+
+        return Lazy(ends[-1], read)
+
+    train = lazy(x["train"], x["val"]), np.concatenate([y["train"], y["val"]])
+    return train, (lazy(x["test"]), y["test"]), "official"
 
 
 RATE = 22050  # of the sound files, in Hz; a chunk is one second
@@ -760,7 +763,8 @@ def read_darcy(data_dir, cache):
     splits = []
     for name, n in (("smooth1", 1000), ("smooth2", 100)):
         path = locate(data_dir, f"piececonst_r421_N1024_{name}.mat")
-        splits.append(kept(cache, f"darcy-{name}", [path], lambda: [read_mat(path, v, 5)[:n] for v in ("coeff", "sol")]))  # noqa: B023
+        make = functools.partial(lambda path, n: [read_mat(path, array, 5)[:n] for array in ("coeff", "sol")], path, n)
+        splits.append(kept(cache, f"darcy-{name}", path, make))
         check_shape(path, splits[-1][0], (None, 85, 85))
     (a, u), (a_test, u_test) = splits
     mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5  # (85, 85)
@@ -803,10 +807,9 @@ def read_psicov(data_dir, cache):
             m, n = len(d), min(len(d), SIDE - PAD)
             padded = np.pad(d, ((0, 0), (1, 1)), constant_values=np.nan)  # (m, m + 2)
             i = np.arange(m)
+            neighbours = [padded[i, i], padded[i, i + 2]]  # left and right of the diagonal; the first and last have one
             d = d.copy()
-            d[i, i] = np.nanmean(
-                [padded[i, i], padded[i, i + 2]], axis=0
-            )  # of the left and right neighbours, where there are two
+            d[i, i] = np.nanmean(neighbours, axis=0)
             y = np.full((SIDE, SIDE), FAR, np.float32)
             y[PAD : PAD + n, PAD : PAD + n] = np.nan_to_num(d)[:n, :n].clip(1, FAR)
         return y
@@ -822,11 +825,12 @@ def read_psicov(data_dir, cache):
     return *splits, "official"
 
 
-GALAXIES = set(
-    """10760_2 10760_4 13737_2 13737_3 9490_a3 12513_2 12513_3 10182_pb 10182_pd 10584_13 10342_3 14343_1 13057_1
-    10260_7 10260_5 10407_3 13364_95 10190_28 10190_13 9490_a2 13691_11 12058_12 12058_16 12058_1 12058_6 14704_1
-    13804_6""".split()
-)  # proposal_visit of the extragalactic fields taken through the filter f435w
+# proposal_visit of the extragalactic fields taken through the filter f435w
+GALAXIES = {
+    "10182_pb", "10182_pd", "10190_13", "10190_28", "10260_5", "10260_7", "10342_3", "10407_3", "10584_13", "10760_2",
+    "10760_4", "12058_1", "12058_12", "12058_16", "12058_6", "12513_2", "12513_3", "13057_1", "13364_95", "13691_11",
+    "13737_2", "13737_3", "13804_6", "14343_1", "14704_1", "9490_a2", "9490_a3",
+}  # fmt: skip
 
 
 def read_cosmic(data_dir, cache):
@@ -847,11 +851,12 @@ def read_cosmic(data_dir, cache):
                     tile = np.load(path, mmap_mode="r")[:, 64:192, 64:192]  # (2 or 3, 128, 128)
                     level = sky[int(path.name.split("_")[0]) - 1]
                     x.append(np.pad(np.float32(tile[:1]), ((0, 0), (0, 1), (0, 0)), constant_values=level))  # (1, 129, 128)
-                    y.append(np.where(tile[2] > 0, np.nan, tile[1] > 0) if len(tile) > 2 else np.float32(tile[1] > 0))
+                    counts = tile[2] == 0 if len(tile) > 2 else True
+                    y.append(np.float32(np.where(counts, tile[1] > 0, np.nan)))  # (128, 128)
                 check_shape(path, x[-1], (1, 129, 128))
         if not x:
             raise Missing(f"no tiles of the 27 galaxy fields in {root / 'f435w'}.")
-        splits.append((np.stack(x), np.stack(y).astype(np.float32)))
+        splits.append((np.stack(x), np.stack(y)))
     return *splits, "official"
 
 
@@ -861,7 +866,7 @@ def read_pde(data_dir, cache, file, x, y, every=1, normalise=False):
     Args:
         x, y: fields as (name of the array, number of the snapshot), several are laid end to end. With "data", which lies in
             one group a sample: ("data", snapshot, channel). Arrays without time: snapshot None.
-        every: keeps each so-manieth point.
+        every: 4 keeps each fourth point of space.
         normalise: by mean and standard deviation (+ 1e-5) of the training inputs at each point, inputs and targets alike.
     Layouts: one array a field (samples, time, space): the first tenth is the test set. One group a sample, (time, space,
     channels): the last tenth.
@@ -887,7 +892,7 @@ def read_pde(data_dir, cache, file, x, y, every=1, normalise=False):
         with reading(path, "HDF5 file"), h5py.File(path) as h5:
             return [np.concatenate([snapshot(h5, *f) for f in fields], axis=-1) for fields in (x, y)]
 
-    x_all, y_all = kept(cache, Path(file).stem, [path], make)
+    x_all, y_all = kept(cache, Path(file).stem, path, make)
     groups, tenth = len(x[0]) == 3, len(x_all) // 10
     test, train = (slice(-tenth, None), slice(-tenth)) if groups else (slice(tenth), slice(tenth, None))
     if tenth == 0:
