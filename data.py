@@ -313,7 +313,7 @@ def save_array(path, array):
 
 
 def kept(cache, name, file, make):
-    """The two arrays that `make()` reads from a large `file`, kept under `cache`: it is gone through once. Maps of .npy files."""
+    """The two arrays that `make()` reads from a large `file`, kept under `cache`: it is gone through once. Mapped."""
     key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
     paths = [cache / f"{name}-{key}-{part}.npy" for part in ("x", "y")]
     if not all(path.exists() for path in paths):
@@ -1111,10 +1111,8 @@ def toy_fields(n, seed, shape, output, cycles=3):
     now = rng.uniform(0.2, 1, (n, 4)) * np.exp(2j * np.pi * rng.random((n, 4)))  # strength and phase
     later = now * np.exp(-2j * np.pi * 0.1 * k.sum(-1) - 0.05 * (k**2).sum(-1))
     along = [np.exp(2j * np.pi * k[..., i, None] * np.arange(m) / m).astype(np.complex64) for i, m in enumerate(space)]
-    axes, product = (
-        "hw"[: len(space)],
-        ",".join(["nj", *(f"nj{axis}" for axis in "hw"[: len(space)])]),
-    )  # each wave (n, 4, H, W)
+    axes = "hw"[: len(space)]
+    product = ",".join(["nj", *(f"nj{axis}" for axis in axes)])  # each wave (n, 4, *space)
     x = np.einsum(f"{product}->n{'j' * (shape[0] > 1)}{axes}", now.astype(np.complex64), *along, optimize=True).imag
     y = np.einsum(f"{product}->n{axes}", later.astype(np.complex64), *along, optimize=True).imag
     x = x[:, np.arange(shape[0]) % 4] if shape[0] > 1 else x[:, None]  # (n, C, *space)
@@ -1169,7 +1167,7 @@ def toy_dna(n, seed):
 def toy_sounds(n, seed):
     """fsd50k's raw layout, made when asked for: tones of 200 to 1,500 Hz in noise, x (n, 2, 22050); y (n, 6) 0 or 1."""
 
-    def sample(row, u=None):
+    def sample(row):
         x, y = toy_signals(1, (seed, row), (1, RATE), 6, many=True, lowest=200.0)
         return np.concatenate([x[0], np.zeros_like(x[0])]), y[0]
 
