@@ -328,16 +328,14 @@ class OtddTerms:
         x = x if x.dtype == torch.float64 else x.float()
         self.x, self.inner, self.reg, self.info = x, inner, reg, info
         self.mass = torch.full_like(x[:, 0], 1 / len(x)).detach() if mass is None else (mass / mass.sum()).to(x)
-        names, self.index, counts = y.unique(return_inverse=True, return_counts=True)
-        K, m = len(names), int(counts.max())
-        order = self.index.argsort()
-        place = (
-            torch.arange(len(y), device=y.device) - (counts.cumsum(0) - counts)[self.index[order]]
-        )  # number within its class
-        self.members = torch.zeros(K, m, dtype=torch.long, device=y.device).index_put(
-            (self.index[order], place), order
-        )  # (K, m)
-        self.weights = ((torch.arange(m, device=y.device) < counts[:, None]) / counts[:, None]).to(x)  # (K, m)
+        _, self.index, counts = y.unique(return_inverse=True, return_counts=True)
+        K, m, device = len(counts), int(counts.max()), y.device
+        order = self.index.argsort()  # class after class
+        own_class = self.index[order]
+        place = torch.arange(len(y), device=device) - (counts.cumsum(0) - counts)[own_class]  # number within its class
+        self.members = torch.zeros(K, m, dtype=torch.long, device=device)
+        self.members[own_class, place] = order  # (K, m)
+        self.weights = ((torch.arange(m, device=device) < counts[:, None]) / counts[:, None]).to(x)  # (K, m)
         if inner == "gaussian":
             self.mean = (x[self.members] * self.weights[..., None]).sum(1)  # (K, D)
             scale = (self.weights > 0) / (counts[:, None] - 1).clamp(min=1).sqrt()
@@ -346,13 +344,13 @@ class OtddTerms:
                 self.factor = torch.linalg.qr(self.factor.detach())[0].mT @ self.factor  # (K, D, D)
         if reg > 0:  # what debiasing needs
             d = squared_distances(x, x)
-            K_ = torch.arange(K, device=y.device)
             if inner == "exact":
-                self.own = class_costs(d, self, self, K_, K_, True)  # (K,): OT_reg of each class to itself
+                every = torch.arange(K, device=device)
+                self.own = class_costs(d, self, self, every, every, same=True)  # (K,): OT_reg of each class to itself
             cost = d / 2
             if inner != "none" and K > 1:
-                i, j = torch.triu_indices(K, K, 1, device=y.device)
-                w = torch.zeros(K, K, device=y.device, dtype=x.dtype).index_put((i, j), label_distances(d, self, self, i, j))
+                i, j = torch.triu_indices(K, K, 1, device=device)
+                w = torch.zeros(K, K, device=device, dtype=x.dtype).index_put((i, j), label_distances(d, self, self, i, j))
                 cost = cost + (w + w.T)[self.index][:, self.index] / 2  # (n, n)
             self.self_cost = entropic_cost(cost, self.mass, self.mass, reg, same=True, info=info)
 
@@ -439,7 +437,7 @@ def mmd(x, x2):
     n, m = len(x), len(x2)
     both = torch.cat([x, x2])
     d = squared_distances(both, both)  # (n + m, n + m)
-    bandwidth = d.detach().sum() / ((n + m) ** 2 - (n + m))
+    bandwidth = (d.detach().sum() / ((n + m) ** 2 - (n + m))).clamp(min=1e-30)
     K = sum(torch.exp(-d / (c * bandwidth)) for c in (0.25, 0.5, 1, 2, 4))
     return K[:n, :n].mean() + K[n:, n:].mean() - 2 * K[:n, n:].mean()
 

@@ -61,14 +61,14 @@ def command_line(Args, doc):
         if hasattr(args, "task"):
             find_task(args.task)
         for name in ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature",
-                     "embedder_lr", "max_samples", "classes_per_problem", "source_samples"):  # fmt: skip
+                     "embedder_lr", "meta_lr", "inner_lr", "max_samples", "classes_per_problem", "source_samples"):  # fmt: skip
             if (value := getattr(args, name, None)) is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be positive.")
+                raise UserError(f"--{name.strip('_').replace('_', '-')} {value} must be positive.")
         for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32), ("gate_noise", 1e3), ("clip", 1e9),
-                           ("warmup_share", 1), ("embedder_epochs", 1e6), ("reg", 1e9), ("momentum", 1), ("dropout", 1),
-                           ("mix_weight", 1e6)):  # fmt: skip
+                           ("warmup_share", 1), ("embedder_epochs", 1e6), ("meta_epochs", 1e6), ("reg", 1e9),
+                           ("lambda_", 1e9), ("momentum", 1), ("dropout", 1), ("mix_weight", 1e6)):  # fmt: skip
             if not 0 <= (getattr(args, name, None) or 0) <= most:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and {most:g}.")
+                raise UserError(f"--{name.strip('_').replace('_', '-')} {getattr(args, name)} must lie between 0 and {most:g}.")
         return args
 
     return guarded(read)
@@ -1500,6 +1500,7 @@ class Recipe:
     max_samples: int = 128  # ORCA: samples of a target class in one of them
     source_samples: int = 5000  # ORCA: source samples that the distance is measured to
     reg: float = 0.1  # ORCA: entropic strength of its distance
+    meta_epochs: int = 5  # MoNA: passes over the training samples in stage 1
     n_train: int | None = None
 
 
@@ -1785,7 +1786,7 @@ PROXIES = {
 
 # The tiny scale has one recipe for every method and task: no method is tuned alone.
 TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, embedder_epochs=20, max_samples=32,
-              source_samples=1000, reg=0.0, n_train=5000)  # fmt: skip
+              source_samples=1000, reg=0.0, meta_epochs=2, n_train=5000)  # fmt: skip
 TOY_TRAIN, TOY_TEST = 3000, 1000
 SOURCE_SAMPLES = 5000  # as in the official codes
 LARGEST = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-METHODS = ["pare", "finetune"]
+METHODS = ["pare", "orca", "mona", "finetune"]
 
 # Two tests run at a time (pyproject.toml), each on one core.
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

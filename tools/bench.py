@@ -1,6 +1,8 @@
 """Claims about speed, each measured against what it is compared with, in one run.
 
-    python tools/bench.py topk      the relaxed top-k of PaRe's gate against the official code's N softmaxes
+    python tools/bench.py topk        the relaxed top-k of PaRe's gate against the official code's N softmaxes
+    python tools/bench.py distance    ORCA's distance between data sets against the way the official code works it out
+    python tools/bench.py meta        MoNA's step of stage 1, by finite difference and exact, against a plain fine-tuning step
 
 Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
 """
@@ -23,8 +25,12 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["topk"], tyro.conf.Positional]
+    what: Annotated[Literal["topk", "distance", "meta"], tyro.conf.Positional]
     """what to measure"""
+    backbone: str = "tiny-swin"
+    """meta: of the model. random:swin_base has the papers' size"""
+    batch_size: int = 32
+    """meta: of target and source"""
     rounds: int = 3
     """times each candidate runs, in turn; the median counts"""
 
@@ -34,6 +40,8 @@ if __name__ == "__main__":
 
 import torch
 
+import common
+import mona
 import pare
 
 
@@ -57,6 +65,13 @@ def plain_top_k(scores, k):
     return torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0) * scores
 
 
+def peak():
+    """Most memory so far, in MB: of the device, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
 OPERATORS = {"N softmaxes (official)": n_softmaxes, "threshold (ours)": pare.top_k_mask, "plain top-k": plain_top_k}
 B, N, K = 16, 3136, 2000
 
@@ -76,19 +91,17 @@ def one_step(operator):
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak():
-        return (
-            torch.cuda.max_memory_allocated() / 1e6
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        )
-
     times, before = [], peak()
     for _ in range(20 if fast else 1):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
     return statistics.median(times), peak() - before
+
+
+def machine():
+    cpu = f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+    return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}"
 
 
 def topk(args):
@@ -100,14 +113,7 @@ def topk(args):
                 took, megabytes = pool.apply(one_step, (name,))
             seconds[name].append(took)
             memory[name].append(megabytes)
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
-    )
-    print(
-        f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward, {machine}, torch {torch.__version__}"
-    )
+    print(f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward,", machine())
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(f"| {'operator':22} | {'seconds':27} | extra MB | times faster |\n|---|---|---|---|")
     reference = statistics.median(seconds["N softmaxes (official)"])
@@ -117,5 +123,190 @@ def topk(args):
         print(f"| {name:22} | {spread:27} | {max(statistics.median(memory[name]), 0):8.0f} | {reference / middle:12.0f} |")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def square(x, y):
+    return (x * x).sum(1)[:, None] - 2 * x @ y.T + (y * y).sum(1)[None]
+
+
+def plain_divergence(x, y, cost, eps=0.1):
+    """A debiased Sinkhorn divergence as the official code gets it from geomloss, restated. (n, D), (m, D) -> scalar
+
+    Simultaneous, averaged updates while eps falls from the squared diameter D^2 (twice) by quarters to its last value: about
+    2 + log_4(D^2 / eps) of them, with no look at whether that was enough. Then one more, with a gradient.
+    """
+    a, b = torch.full_like(x[:, 0], 1 / len(x)).detach(), torch.full_like(y[:, 0], 1 / len(y)).detach()
+    both = torch.cat([x, y]).detach()
+    at = float((both.amax(0) - both.amin(0)).square().sum())  # D^2
+    annealing = [at]
+    while at > eps:
+        annealing.append(at)
+        at /= 4
+    annealing.append(eps)
+    softmin = lambda eps, C, weights, g: -eps * ((g - C) / eps + weights.log()).logsumexp(1)
+    C_xy, C_yx, C_xx, C_yy = cost(x, y.detach()), cost(y, x.detach()), cost(x, x.detach()), cost(y, y.detach())
+    with torch.no_grad():
+        f, f_own = (softmin(annealing[0], C, w, torch.zeros_like(w)) for C, w in ((C_xy, b), (C_xx, a)))
+        g, g_own = (softmin(annealing[0], C, w, torch.zeros_like(w)) for C, w in ((C_yx, a), (C_yy, b)))
+        for at in annealing:
+            f, g = (f + softmin(at, C_xy, b, g)) / 2, (g + softmin(at, C_yx, a, f)) / 2
+            f_own, g_own = (f_own + softmin(at, C_xx, a, f_own)) / 2, (g_own + softmin(at, C_yy, b, g_own)) / 2
+    f, g = softmin(eps, C_xy, b, g), softmin(eps, C_yx, a, f)
+    return (a * (f - softmin(eps, C_xx, a, f_own))).sum() + (b * (g - softmin(eps, C_yy, b, g_own))).sum()
+
+
+def plain_otdd(x_s, y_s, x_t, y_t, eps=0.1):
+    """ORCA's distance as its official code works it out: one problem after the other, all of them again in every call.
+
+    The label distances are numbers, without a gradient; a sample carries its label as one more column.
+    """
+    y_s, y_t = y_s.unique(return_inverse=True)[1], y_t.unique(return_inverse=True)[1]
+    clouds = [x[y == c].detach() for x, y in ((x_s, y_s), (x_t, y_t)) for c in y.unique()]
+    w = torch.zeros(len(clouds), len(clouds), device=x_s.device)
+    for i in range(len(clouds)):
+        for j in range(i):
+            w[i, j] = w[j, i] = plain_divergence(clouds[i], clouds[j], square, eps).item()
+
+    def cost(x, y):
+        return square(x[:, :-1], y[:, :-1]) / 2 + w[x[:, -1].long()][:, y[:, -1].long()] / 2
+
+    labelled = (torch.cat([x, y[:, None]], 1) for x, y in ((x_s, y_s), (x_t, y_t + len(y_s.unique()))))
+    return plain_divergence(*labelled, cost, eps)
+
+
+def clouds(n, D, device, m=128):
+    """n source samples in 10 classes and m target samples in one, about as far apart as embedded pictures."""
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    y_s = torch.arange(n) % 10
+    x_s, x_t = 0.3 * randn(10, D)[y_s] + 0.4 * randn(n, D), 0.3 * randn(1, D) + 0.4 * randn(m, D)
+    return [t.to(device) for t in (x_s, y_s, x_t, torch.zeros(m, dtype=torch.long))]
+
+
+DISTANCES = {  # name: (inner, reg, source terms given)
+    "the official way": None,
+    "ours, exact": ("exact", 0.0, False),
+    "ours, Sinkhorn 0.1": ("exact", 0.1, False),
+    "ours, Sinkhorn 0.1, source terms once": ("exact", 0.1, True),
+    "the same, features only (--as-released)": ("none", 0.1, True),
+}
+
+
+def one_distance(name, n, D):
+    """Value and gradient of one distance: seconds, value, gradient."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x_s, y_s, x_t, y_t = clouds(n, D, device)
+    x_t.requires_grad_()
+    common.otdd(x_s[:20], y_s[:20], x_t, y_t)  # imports POT
+    way = DISTANCES[name]
+    terms = common.OtddTerms(x_s, y_s, *way[:2]) if way and way[2] else None
+    times = []
+    for _ in range(5 if n == 1000 and way else 1):
+        x_t.grad, start = None, time.perf_counter()
+        value = plain_otdd(x_s, y_s, x_t, y_t) if way is None else common.otdd(x_s, y_s, x_t, y_t, *way[:2], terms_s=terms)
+        value.backward()
+        value = value.item()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), value, x_t.grad.cpu().numpy()
+
+
+def distance(args):
+    import numpy as np
+
+    print("OTDD and its gradient, 10 source classes, 128 target samples of one class,", machine())
+    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(
+        "| source samples | width | distance | seconds | times faster | value | against exact | gradient: cosine with exact |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for n, D in ((1000, 128), (1000, 768), (5000, 128), (5000, 768)):
+        results = {name: [] for name in DISTANCES}
+        for _ in range(args.rounds):
+            for name in DISTANCES:
+                with context.Pool(1) as pool:
+                    results[name].append(pool.apply(one_distance, (name, n, D)))
+        x_s, y_s, x_t, y_t = clouds(n, D, "cpu")
+        exact = {}  # inner -> value, gradient; "none" is what remains where label distances are constants
+        for inner in ("exact", "none"):
+            x = x_t.clone().requires_grad_()
+            value = common.otdd(x_s, y_s, x, y_t, inner)
+            value.backward()
+            exact[inner] = value.item(), x.grad.numpy()
+        reference = statistics.median(r[0] for r in results["the official way"])
+        for name, rows in results.items():
+            seconds = [row[0] for row in rows]
+            way, (_, value, gradient) = DISTANCES[name], rows[0]
+            true_value = exact["none" if way and way[0] == "none" else "exact"][0]
+            true = exact["exact" if way and way[0] == "exact" else "none"][1]
+            cosine = (gradient * true).sum() / np.sqrt((gradient**2).sum() * (true**2).sum())
+            middle = statistics.median(seconds)
+            spread = f"{middle:.4f} ({min(seconds):.4f} to {max(seconds):.4f})"
+            print(f"| {n:,} | {D} | {name} | {spread} | {reference / middle:.0f} |",
+                  f"{value:.4g} | {value / true_value - 1:+.2%} | {cosine:.3f} |", flush=True)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MoNA's meta-gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def one_meta_step(way, backbone, B):
+    """A step of stage 1, or of plain fine-tuning, on random pictures: seconds, MB above the model and its data."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    source = common.load_source(backbone)
+    embedder = common.Embedder2d(3, source.token_width, source.size)
+    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 100)).to(device)
+    source.embedder.to(device)
+    x, y, x_s, y_s = (t.to(device) for t in (torch.randn(B, 3, 60, 60), torch.arange(B) % 100, torch.randn(B, 3, 32, 32),
+                                             torch.arange(B) % 10))  # fmt: skip
+    plain = way == "fine-tuning step"
+    trained = list(model.parameters()) if plain else [*embedder.parameters(), *model.predictor.parameters()]
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+    loss = torch.nn.functional.cross_entropy
+    before, times = peak(), []
+    for _ in range(3 if source.size > 100 else 20):
+        start = time.perf_counter()
+        if plain:
+            loss(model(x), y).backward()
+        else:
+            with torch.no_grad():
+                tokens_s = source.embedder(x_s)
+            g_e, g_h, _ = mona.meta_gradient(model, loss, x, y, tokens_s, y_s, 1.0, 1.0, way)
+            for parameter, gradient in zip(trained, g_e + g_h, strict=True):
+                parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), peak() - before
+
+
+def meta(args):
+    ways = ("fine-tuning step", "first-order", "finite-difference", "exact")
+    results = {way: [] for way in ways}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(args.rounds):
+        for way in ways:
+            with context.Pool(1) as pool:
+                results[way].append(pool.apply(one_meta_step, (way, args.backbone, args.batch_size)))
+    print(f"A step of MoNA's stage 1 and one of fine-tuning, {args.backbone}, batch {args.batch_size}, fp32,", machine())
+    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(
+        "| step | seconds | times a fine-tuning step | MB above the model | times a fine-tuning step |\n|---|---|---|---|---|"
+    )
+    seconds_of, memory_of = ([statistics.median(column) for column in zip(*results[ways[0]], strict=True)][k] for k in (0, 1))
+    for way, rows in results.items():
+        seconds, memory = zip(*rows, strict=True)
+        middle, extra = statistics.median(seconds), statistics.median(memory)
+        print(f"| {way} | {middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f}) | {middle / seconds_of:.2f} |",
+              f"{extra:.0f} | {extra / memory_of:.2f} |")  # fmt: skip
+
+
 if __name__ == "__main__":
-    data.guarded({"topk": topk}[args.what], args)
+    data.guarded({"topk": topk, "distance": distance, "meta": meta}[args.what], args)

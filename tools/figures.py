@@ -1,8 +1,10 @@
-"""Pictures for README and docs, drawn by the project's own code.
+"""Pictures and measurements for README and docs, made by the project's own code.
 
-python tools/figures.py idea       docs/idea.png: what PaRe does, on a toy picture
+python tools/figures.py idea            docs/idea.png: what PaRe does, on a toy picture
+python tools/figures.py probe RUN...    what finished runs left of the source: linear-probe error on CIFAR-10 (MoNA, section 2)
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,12 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["idea"], tyro.conf.Positional]
-    """which picture"""
+    what: Annotated[Literal["idea", "probe"], tyro.conf.Positional]
+    """which picture or measurement"""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """probe: folders of finished runs"""
+    data_dir: str = "datasets"
+    """probe: where CIFAR-10 lies"""
     out: str = str(ROOT / "docs")
     """folder it is written to, as WHAT.png"""
 
@@ -34,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+import common
 import pare
 
 PICK_S, PICK_T = 10, 16  # which toy pictures
@@ -108,5 +115,51 @@ def idea(args):
     print(path)
 
 
+@torch.no_grad()
+def features(source, encoder, x):
+    """CIFAR-10 pictures (n, 3, 32, 32) uint8 through the source embedder and `encoder`, mean over tokens: (n, F) array."""
+    proxy = data.PROXIES["cifar10"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (proxy.mean, proxy.std))
+    encoder.eval()
+    parts = torch.from_numpy(x).split(250)
+    return torch.cat([encoder(source.embedder((part / 255 - mean) / std)).mean(1) for part in parts]).numpy()
+
+
+def probe_error(source, encoder, train, test):
+    """0-1 test error of a logistic regression on standardised features of the encoder, which stays as it is."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    probe.fit(features(source, encoder, train[0]), train[1])
+    return 1 - probe.score(features(source, encoder, test[0]), test[1])
+
+
+def probe(args):
+    """The paper's measurement of source knowledge: a linear probe on the encoder after its last epoch on the target, fed by the
+    SOURCE embedder, beside the same probe on the encoder as it was pretrained."""
+    folder = Path(args.data_dir)
+    train = data.subset(*data.read_cifar10(folder), 5000, seed=0)
+    test = data.read_cifar(folder / "cifar-10-batches-py", ["test_batch"], "labels", 10)
+    print(f"Probe error on {len(test[1]):,} CIFAR-10 test images, features of {len(train[1]):,} training images\n")
+    print("| run | method | seed | target's test error, last epoch | probe error | pretrained |\n|---|---|---|---|---|---|")
+    before = {}  # backbone -> error
+    for name in args.runs:
+        run = Path(name)
+        if not (run / "result.json").exists():
+            raise data.UserError(f"{run} holds no finished run (result.json).")
+        result = json.loads((run / "result.json").read_text())
+        source = common.load_source(result["backbone"])
+        if result["backbone"] not in before:
+            before[result["backbone"]] = probe_error(source, source.encoder, train, test)
+        net = torch.load(run / "last.pt", map_location="cpu", weights_only=True)["net"]
+        net = {name.removeprefix("model."): value for name, value in net.items()}  # PaRe's net holds the model
+        source.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in net.items() if k.startswith("encoder.")})
+        error = probe_error(source, source.encoder, train, test)
+        print(f"| {run} | {result['method']} | {result['seed']} | {result['test_last']:.4f} |",
+              f"{error:.4f} | {before[result['backbone']]:.4f} |", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
-    data.guarded({"idea": idea}[args.what], args)
+    data.guarded({"idea": idea, "probe": probe}[args.what], args)

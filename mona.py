@@ -1,0 +1,311 @@
+"""MoNA: meta-learn the target embedder so that fine-tuning keeps what the encoder knows of its source, then fine-tune.
+
+Ma et al., "Learning Modality Knowledge Alignment for Cross-Modality Transfer", ICML 2024.
+
+Fine-tuning on a distant modality damages what the encoder knew. MoNA looks one step ahead: it trains the target embedder so
+that a step of fine-tuning on embedded target data leaves the encoder good at telling source classes apart. Then it fine-tunes
+everything, from that embedder.
+
+    stage 1, in each step:
+    1  L_inner = L(h(f(e(x_t))), y_t)                             e embedder, f encoder as pretrained, h predictor
+    2  theta* = theta_0 - alpha grad_theta L_inner                one virtual step of the encoder; theta_0 itself never moves
+    3  F_i = f(e_s(x_s,i); theta*), mean over tokens, |F_i| = 1   e_s the pretrained embedder, frozen
+    4  L_outer = E_{y_i = y_j} |F_i - F_j|^2 + log E_{i, j} exp(-2 |F_i - F_j|^2)
+    5  step on e along grad_e (lambda L_outer + L_inner), on h along grad_h L_inner
+    stage 2:
+    6  L = L(h(f(e(x_t))), y_t), step on e, f and h
+
+    python mona.py --task spherical
+
+RESULT
+
+Nobody published code. Signs in line 4 are Wang and Isola's (the slides print both terms negated, which would reward collapse);
+alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the texts: docs/paper-vs-code.md, M1 to M6, and
+docs/mona.md for how the defaults were found.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import tyro
+
+import data
+
+
+@dataclass(frozen=True)
+class Args:
+    # ---- the same in every method file
+    task: str = "spherical"
+    """what to adapt to; `python data.py` lists the tasks"""
+    scale: Literal["auto", "tiny", "full"] = "auto"
+    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
+    backbone: str | None = None
+    """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
+    source: Literal["cifar10", "tiny_imagenet"] | None = None
+    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
+    data_dir: str = "datasets"
+    """where the official files are read from; nothing is written there"""
+    out_dir: str = "runs"
+    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
+    seed: int = 0
+    """of every random draw. One seed is an anecdote: report at least three"""
+    init: Literal["copy", "random"] = "copy"
+    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
+    as_released: bool = False
+    """do what the official code does where it differs from the paper"""
+    resume: bool = False
+    """go on after the last finished epoch, exactly as if nothing had happened"""
+    compile: bool = False
+    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    epochs: int | None = None
+    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
+    n_train: int | None = None
+    """training samples used; fewer is where methods differ most"""
+    batch_size: int | None = None
+    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
+    accumulate: int | None = None
+    """forward passes averaged into one optimizer step"""
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    """sgd has momentum 0.9; the Adams have betas (0.9, 0.98)"""
+    lr: float | None = None
+    """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
+    weight_decay: float | None = None
+    """on all parameters"""
+    clip: float | None = None
+    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
+    warmup_epochs: float | None = None
+    """the learning rate rises linearly for so long"""
+    decay_epochs: float | None = None
+    """and falls linearly to 0 until here, which may lie beyond the last epoch"""
+
+    # ---- MoNA
+    meta_epochs: int | None = None
+    """passes over the training samples in stage 1; each step costs about three of stage 2. 0: naive fine-tuning"""
+    meta_lr: float | None = None
+    """beta, the learning rate of stage 1. Default: that of stage 2"""
+    inner_lr: float = 1.0
+    """alpha, of the virtual step. lambda alpha weighs the outer gradient: at fine-tuning rates it vanishes, see `ratio`"""
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
+    """weight of the source's loss. 0: embedder warm-up"""
+    gradient: Literal["finite-difference", "exact", "first-order"] = "finite-difference"
+    """of L_outer. exact: double backward, more memory. first-order: what MAML's shortcut leaves of it, which is nothing"""
+    predictor: Literal["trained", "frozen"] = "trained"
+    """in stage 1; the texts do not say"""
+
+
+if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
+    args = data.command_line(Args, __doc__)
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import common
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def squared_distances(f):
+    """|F_i - F_j|^2 = 2 - 2 <F_i, F_j> of unit vectors, and which pairs are of two samples. (n, F) -> (n, n), (n, n) bool"""
+    return 2 - 2 * f @ f.T, ~torch.eye(len(f), dtype=torch.bool, device=f.device)
+
+
+def alignment(f, y):
+    """E over pairs of one class of |F_i - F_j|^2, to be minimised; 0 if no class has two samples.
+
+    f (n, F) unit vectors, y (n,) classes -> scalar in [0, 4] (Wang and Isola 2020, alpha = 2; same class = positive pair).
+    """
+    d, other = squared_distances(f)
+    pairs = (y[:, None] == y[None]) & other  # (n, n)
+    return (d * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def uniformity(f):
+    """log E over all pairs of exp(-2 |F_i - F_j|^2), to be minimised: 0 if all are equal, near -4 if spread out.
+
+    f (n, F) unit vectors, n > 1 -> scalar (Wang and Isola 2020, t = 2).
+    """
+    d, other = squared_distances(f)
+    return torch.log(torch.exp(-2 * d)[other].mean())
+
+
+def outer_loss(encoder, theta, tokens_s, y_s):
+    """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars."""
+    features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B, n, F) -> (B, F)
+    f = F.normalize(features, dim=1)
+    return alignment(f, y_s), uniformity(f)
+
+
+def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradient="finite-difference"):
+    """Lines 1 to 5: the gradient of lambda L_outer + L_inner with respect to the embedder, through one virtual step.
+
+    L_outer depends on the embedder e only through theta* = theta_0 - alpha grad_theta L_inner. With v = grad L_outer at theta*,
+    held constant,
+
+        grad_e (lambda L_outer) = -lambda alpha grad_e <v, grad_theta L_inner>                                        exact
+                                = -lambda alpha (grad_e L_inner(theta_0 + c v) - grad_e L_inner(theta_0 - c v)) / 2c + O(c^2)
+
+    which a finite difference gets from two more gradients of the ordinary kind, at the memory of ordinary training. Taking
+    theta* for a constant (first-order MAML) leaves nothing of it: then stage 1 is embedder warm-up. The virtual step of
+    embedder and predictor does not enter.
+
+    Args:
+        model: a common.Model; its encoder is left untouched, bit for bit.
+        loss: (out, y) -> scalar. x_t, y_t: a target batch.
+        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes.
+        inner_lr, lambda_: alpha and lambda.
+        gradient: "finite-difference", "exact" or "first-order".
+    Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (4,):
+        L_inner, alignment, uniformity, |outer part| / |inner part| of the embedder's gradient.
+    """
+    theta = {name: p.detach().requires_grad_() for name, p in model.encoder.named_parameters()}
+    e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
+    exact = gradient == "exact"
+
+    def inner_loss(theta):
+        tokens = model.embedder(x_t)  # (B, N, D)
+        return loss(model.predictor(functional_call(model.encoder, theta, (tokens,))), y_t)
+
+    with sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():  # fused attention has no second derivative
+        L_inner = inner_loss(theta)  # line 1
+        g = torch.autograd.grad(L_inner, [*e, *h, *theta.values()], create_graph=exact)
+        g_e, g_h, g_theta = g[: len(e)], g[len(e) : len(e) + len(h)], g[len(e) + len(h) :]
+        if gradient == "first-order":
+            zero = torch.zeros_like(L_inner)
+            return list(g_e), list(g_h), torch.stack([L_inner.detach(), zero, zero, zero])
+        with contextlib.nullcontext() if exact else torch.no_grad():  # line 2
+            theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}
+        del g, g_theta  # each is as large as the encoder
+        if exact:
+            align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
+            outer = torch.autograd.grad(lambda_ * (align + uniform), e)
+        else:
+            theta_star = {name: p.requires_grad_() for name, p in theta_star.items()}
+            align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
+            v = torch.autograd.grad(align + uniform, list(theta_star.values()))
+            del theta_star
+            c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
+            sides = []
+            with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
+                for sign in (c, -c):
+                    moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
+                    sides.append(torch.autograd.grad(inner_loss(moved), e))
+                    del moved
+            outer = [-lambda_ * inner_lr * (plus - minus) / (2 * c) for plus, minus in zip(*sides, strict=True)]
+    norm = lambda parts: torch.stack(torch._foreach_norm(list(parts))).norm()
+    log = torch.stack([L_inner, align, uniform, norm(outer) / norm(g_e)]).detach()
+    return [a.detach() + b for a, b in zip(g_e, outer, strict=True)], [a.detach() for a in g_h], log
+
+
+def meta_train(model, source, train, source_set, task, args, progress):
+    """Stage 1: trains the embedder (and the predictor), never the encoder. Returns a row of numbers for each meta-epoch.
+
+    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Every process takes the same
+    steps on the same samples, so that many processes end exactly as one.
+    """
+    model.eval()
+    trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
+    optimizer = common.make_optimizer(trained, replace(args, lr=args.meta_lr or args.lr))
+    steps = max(1, len(train) // args.batch_size)
+    rows = []
+    for epoch in range(args.meta_epochs):
+        start, logs = common.now(), torch.zeros(steps, 4, device=train.y.device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch)
+        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch)
+        for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
+            x_s, y_s = next(batches_s)
+            with torch.no_grad():
+                tokens_s = source.embedder(x_s)  # (B, N_s, D)
+            g_e, g_h, logs[step] = meta_gradient(
+                model, task.loss, x_t, y_t, tokens_s, y_s, args.inner_lr, args.lambda_, args.gradient
+            )
+            for parameter, gradient in zip(trained.parameters(), g_e + g_h, strict=False):  # without g_h if frozen
+                parameter.grad = gradient
+            if args.clip > 0:
+                nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()  # stage 2 begins without them
+        names = ("L_inner", "alignment", "uniformity", "ratio")
+        row = {"epoch": epoch + 1, **dict(zip(names, logs.mean(0).tolist(), strict=True)), "seconds": common.now() - start}
+        print("MoNA    " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+        rows.append(row)
+    if args.lambda_ > 0 and args.gradient != "first-order" and rows[-1]["ratio"] < 0.01:
+        print(
+            "MoNA    the source's part of the gradient is below 1 %: this was embedder warm-up. Raise --inner-lr or --lambda."
+        )
+    return rows
+
+
+def main(args):
+    # ---- set up: processes, device, seed, data, run folder
+    run = common.Run(args, "mona")  # MoNA
+    args, device = run.args, run.device
+    with run.first():
+        loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
+        source_set = data.load_proxy(args.source, args.data_dir, args.scale, seed=args.seed, device=device)  # MoNA
+    task, train = loaded.task, loaded.train
+    if not run.open(train, source_set):  # MoNA
+        return
+
+    # ---- the model
+    source = common.load_source(args.backbone)  # MoNA
+    embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, args.init)  # MoNA
+    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
+    if args.compile:
+        run.compile(model.encoder)
+
+    # ---- MoNA: stage 1, embedder and predictor
+    net = model
+    if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
+        model.to(device)
+        source.embedder.to(device)
+        rows = meta_train(model, source, train, source_set, task, args, run.progress)
+        run.keep_stage1(rows, embedder=embedder, predictor=model.predictor)
+
+    # ---- optimizer and schedule
+    net = run.distribute(net)
+    steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
+    optimizer = common.make_optimizer(net, args)
+    scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
+    print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
+
+    # ---- train
+    for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
+        common.seed_everything(args.seed, epoch, run.rank)
+        net.train()
+        start, losses = common.now(), torch.zeros(steps, device=device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
+        for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
+            window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
+            step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
+            with run.accumulating(net, step_follows):
+                with run.autocast():
+                    out = net(x)  # MoNA: line 6, (B, K)
+                loss = task.loss(out, y)
+                (loss / window).backward()  # averaged over the window; the official codes sum
+            if step_follows:
+                if args.clip > 0:
+                    nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses[step] = loss.detach()
+            if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
+        seconds = common.now() - start
+        val = run.evaluate(model, loaded.val, task)
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        run.end_epoch(net, model, optimizer, scheduler, row)
+
+    # ---- test: the last epoch, and the epoch that was best on validation
+    return run.finish(model, loaded, args.source)  # MoNA
+
+
+if __name__ == "__main__":
+    data.guarded(main, args)
