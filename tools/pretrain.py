@@ -73,13 +73,13 @@ class Text:
     """transformer layers"""
     heads: int = 4
     """attention heads; the feed-forward layers are four times as wide as the tokens"""
-    length: int = 128
+    length: int = 64
     """tokens of a training sequence; its place among the 512 positions varies, so that all of them are trained"""
     mask: float = 0.25
     """share of the tokens to fill in; RoBERTa has 0.15, more of them teach a short training more"""
-    steps: int = 9000
+    steps: int = 6000
     """optimizer steps; the loss still falls slowly at the end"""
-    batch_size: int = 8
+    batch_size: int = 16
     """sequences in a step"""
     lr: float = 1.5e-3
     """peak learning rate of AdamW, warmed up linearly, then a half cosine to 0"""
@@ -238,8 +238,8 @@ BPE vocabulary of {entries:,} entries, kept in the same file.
 |---|---|
 | data | {sources}: {characters:.1f} million characters, {n_train:,} training tokens |
 | command | `{command}` |
-| trained | {step:,} of {steps:,} steps of {batch_size} x {length} tokens, {hours:.2f} hours, {device}, torch {torch}, {precision} |
-| held out | {n_val:,} tokens, every 50th piece of 10,000 characters; 15% of them masked, the fp16 file fills them in |
+| trained | {step:,} of {steps:,} steps of {batch_size} x {length} tokens, {hours:.2f} h, {device}, torch {torch}, {precision} |
+| held out | {n_val:,} tokens, every 50th piece of {piece:,} characters; 15% of them masked, the fp16 file fills them in |
 | masked tokens | accuracy {accuracy:.1%}, loss {loss:.2f} nats |
 | unigram baseline | accuracy {unigram_accuracy:.1%}, loss {unigram_loss:.2f} nats, from the token counts of the training text |
 | size | {megabytes:.1f} MB, fp16 |
@@ -278,7 +278,9 @@ def read_texts(data_dir):
     if conll.exists():
         texts["conll2003"] = plain(conll.read_text())
     if not any(texts.values()):
-        raise data.UserError(f"no text in {data_dir}.\nIt should hold text/*.zip or conll2003/train.txt; say where: --data-dir.")
+        raise data.UserError(
+            f"no text in {data_dir}.\nIt should hold text/*.zip or conll2003/train.txt; say where: --data-dir."
+        )
     return texts
 
 
@@ -290,11 +292,35 @@ def train_tokenizer(texts, entries):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=entries, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=entries, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+@torch.no_grad()
+def look_at_neighbours(model):
+    """Start the first layer's heads at the neighbours -1, +1, -2, +2 ..., where a missing word is best guessed from.
+
+    Positions start as sin(w p), cos(w p) (Vaswani et al. 2017) with w from pi downwards. A head's query turns the fastest
+    of them by its shift d, its key takes them as they are, so their product sum_w cos(w (p + d - p')) is largest at p' = p + d.
+    All of it is trained further. From random queries, which see the average of the whole sequence, 3,000 steps led no further
+    than 6.15 nats (unigrams 6.80), a bag of words.
+    """
+    table, attention = model.embeddings.position_embeddings.weight, model.encoder.layer[0].attention.self
+    n, width = table[2:].shape
+    w = torch.pi * 1000 ** -torch.linspace(0, 1, width // 2)  # (D / 2,)
+    angles = torch.arange(n)[:, None] * w  # (n, D / 2)
+    table[2:] = 0.06 * torch.cat([angles.sin(), angles.cos()], 1)  # (n, D)
+    half = width // attention.num_attention_heads // 2  # frequencies of a head
+    sines, cosines = torch.arange(half), width // 2 + torch.arange(half)
+    for head in range(attention.num_attention_heads):
+        shift = (head // 2 + 1) * (-1) ** (head + 1)  # d
+        turned = w[:half] * shift
+        rows = 2 * half * head + torch.arange(2 * half).view(2, half)
+        for row, own, other, sign in ((rows[0], sines, cosines, 1), (rows[1], cosines, sines, -1)):
+            attention.query.weight[row, own] += 1.4 * turned.cos()  # sin(wp + wd) = sin wp cos wd + cos wp sin wd
+            attention.query.weight[row, other] += 1.4 * sign * turned.sin()  # cos(wp + wd) = cos wp cos wd - sin wp sin wd
+            attention.key.weight[row, own] += 1.4
 
 
 def hide(x, share, entries, generator):
@@ -323,10 +349,11 @@ def text(args):
     torch.manual_seed(args.seed)
     start = time.time()
     texts = read_texts(args.data_dir)
-    pieces = [t[i : i + PIECE] for t in texts.values() for i in range(0, len(t), PIECE)]
+    piece = min(PIECE, sum(map(len, texts.values())) // 100 + 1)  # characters
+    pieces = [t[i : i + piece] for t in texts.values() for i in range(0, len(t), piece)]
     path = Path(args.out).with_suffix(".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([piece for i, piece in enumerate(pieces) if i % 50 != 49], args.vocabulary)
+    tokenizer = train_tokenizer([p for i, p in enumerate(pieces) if i % 50 != 49], args.vocabulary)
     entries = tokenizer.get_vocab_size()
     ids = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
 
@@ -337,7 +364,7 @@ def text(args):
             raise data.UserError(f"{args.data_dir} holds {len(stream)} tokens of text, too few for one --length {args.length}.")
         return stream[: len(stream) // args.length * args.length].view(-1, args.length)
 
-    val = packed(ids[49::50] or ids[-1:])
+    val = packed(ids[49::50])
     train = packed([part for i, part in enumerate(ids) if i % 50 != 49])
     print(f"{train.numel():,} training and {val.numel():,} held-out tokens, made in {time.time() - start:.0f} s", flush=True)
 
@@ -346,7 +373,9 @@ def text(args):
                         type_vocab_size=1, pad_token_id=1, initializer_range=0.04, hidden_dropout_prob=0.0,
                         attention_probs_dropout_prob=0.0)  # fmt: skip
     positions = architecture["max_position_embeddings"] - 2
-    model = RobertaForMaskedLM(RobertaConfig(**architecture)).to(device)
+    model = RobertaForMaskedLM(RobertaConfig(**architecture))
+    look_at_neighbours(model.roberta)
+    model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
               for matrix in (True, False)]  # fmt: skip
@@ -398,6 +427,7 @@ def text(args):
             "name": path.stem,
             "parameters": parameters / 1e6,
             "positions": positions,
+            "piece": piece,
             "entries": entries,
             "sources": ", ".join(texts),
             "characters": sum(map(len, texts.values())) / 1e6,
@@ -431,7 +461,9 @@ def text(args):
     if path.with_suffix(".part").exists():
         state = torch.load(path.with_suffix(".part"), map_location=device, weights_only=True)
         if state["args"] != asdict(args):
-            raise data.UserError(f"{path.with_suffix('.part')} belongs to other options.\nRepeat them, or remove it to start over.")
+            raise data.UserError(
+                f"{path.with_suffix('.part')} belongs to other options.\nRepeat them, or remove it to start over."
+            )
         for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(state[name])
         first, before = state["step"], state["seconds"]
