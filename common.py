@@ -428,12 +428,15 @@ def fetch_text_model(name, wanted, pretrained):
 
     def load():
         try:
-            return transformers.AutoTokenizer.from_pretrained(wanted, add_prefix_space=True)
+            vocabulary = transformers.AutoTokenizer.from_pretrained(wanted, add_prefix_space=True)
+            if len(vocabulary) <= len(vocabulary.all_special_ids):  # transformers makes an empty one where there is none
+                raise ValueError("it has no words")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--backbone: {wanted} comes without its tokenizer, which a text source needs ({reason(error)}).\n"
                 "Save it beside the model: tokenizer.save_pretrained(folder)."
             ) from error
+        return vocabulary
 
     return model, Tokenizer(load)
 

@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W sizes; T tokens of a sequence, M of them masked
 
 import io
 import json
+import math
 import sys
 import time
 import zipfile
@@ -383,7 +384,7 @@ def text(args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda t: min((t + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, t - warmup) / max(1, args.steps - warmup))),
+        lambda t: min((t + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / max(1, args.steps - warmup))),
     )
 
     def logits(model, seen, places, offset):
