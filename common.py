@@ -403,10 +403,11 @@ def fetch_text_model(name, wanted, pretrained):
     """
     transformers = import_transformers()
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if wanted == SHORT_NAMES["roberta_base"] and not pretrained and name.startswith("random:"):
-        # to measure speed, without a network: the words of its sources are read with the vocabulary that is here
+    if wanted == SHORT_NAMES["roberta_base"] and not pretrained:
+        # no network is needed to measure speed: words are read with the vocabulary that is here, which is smaller
         _, tokenizer = read_roberta(WEIGHTS / "tiny-roberta.safetensors", pretrained=False)
-        return transformers.RobertaModel(transformers.RobertaConfig(**ROBERTA_BASE | no_dropout)), tokenizer
+        config = transformers.RobertaConfig(**ROBERTA_BASE | no_dropout)
+        return transformers.RobertaModel(config, add_pooling_layer=False), tokenizer
     if wanted.startswith((".", "/", "~")) and not Path(wanted).is_dir():
         raise UserError(f"--backbone: there is no folder {wanted}.")
     try:
@@ -453,7 +454,7 @@ def is_text_model(short, path):
         return "model_type" in read_file(path)[0]
     if path.is_dir():
         config = path / "config.json"
-        return config.exists() and "model_type" in json.loads(config.read_text())
+        return config.exists() and '"model_type"' in config.read_text()
     return "/" in SHORT_NAMES.get(short, short) and not short.startswith("hf-hub:")
 
 

@@ -365,4 +365,6 @@ def test_pretraining_text_goes_on_after_a_stop(corpus, tmp_path, monkeypatch):
 
 def test_an_unknown_kind_and_its_options_are_refused(script, tmp_path):
     assert "images" in script("tools/pretrain.py", "sounds", out=tmp_path / "x", code=2)
+    mistakes = script("tools/pretrain.py", "text", "--steps", "many", out=tmp_path / "x", code=2)
+    assert "many" in mistakes
     assert "no text in" in script("tools/pretrain.py", "text", "--data-dir", tmp_path, out=tmp_path / "x", code=2)

@@ -374,6 +374,8 @@ def text(args):
                         type_vocab_size=1, pad_token_id=1, initializer_range=0.04, hidden_dropout_prob=0.0,
                         attention_probs_dropout_prob=0.0)  # fmt: skip
     positions = architecture["max_position_embeddings"] - 2
+    if args.length > positions:
+        raise data.UserError(f"--length {args.length} is more than the {positions} positions.")
     model = RobertaForMaskedLM(RobertaConfig(**architecture))
     look_at_neighbours(model.roberta)
     model = model.to(device)
