@@ -244,7 +244,7 @@ BPE vocabulary of {entries:,} entries, kept in the same file.
 | masked tokens | accuracy {accuracy:.1%}, loss {loss:.2f} nats |
 | unigram baseline | accuracy {unigram_accuracy:.1%}, loss {unigram_loss:.2f} nats, from the token counts of the training text |
 | size | {megabytes:.1f} MB, fp16 |
-| licence | the weights are ours (MIT); the texts keep their owners' terms, and none of them is in this file |
+| licence | the weights are ours (MIT); the texts, none of which is in this file, keep their owners' terms (CoNLL: research) |
 """
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's, with its ids of the first four
 MASK, PIECE = SPECIAL.index("<mask>"), 10_000
