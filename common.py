@@ -223,6 +223,14 @@ def make_predictor(output, target, source, embedder, pooling=False):
     return DensePredictor1d(source.feature_width, output, output[1] // embedder.tokens, pooling)
 
 
+def set_dropout(encoder, p):
+    """Dropout of every layer that has any; stochastic depth, which is none, stays. Returns the encoder."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return encoder
+
+
 class Model(nn.Module):
     """predictor(encoder(embedder(x)))"""
 
@@ -713,6 +721,29 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
     return entropic_cost(cost, s.mass, t.mass, reg, info=info) - (s.self_cost + t.self_cost) / 2
 
 
+def class_labels(split, k=10, seed=0):
+    """The class of every sample of a data.Split; where there are no classes, the cluster of its target by k-means.
+
+    Fields and multi-label targets are flattened, as in the official code; unknown values (NaN) count as 0. More than 10,000
+    samples, or targets read from files, go through mini-batch k-means, a chunk at a time.
+
+    Returns: (n,) int64 on the split's device.
+    """
+    if split.target == "class":
+        return split.y
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    chunks = torch.arange(len(split), device=split.device).split(1000)
+    flat = lambda index: split.targets(index).flatten(1).nan_to_num().float().cpu().numpy()  # (1000, everything)
+    if len(split) <= 10_000 and not split.lazy:
+        kmeans = KMeans(min(k, len(split)), n_init=3, random_state=seed).fit(np.concatenate([flat(index) for index in chunks]))
+    else:
+        kmeans = MiniBatchKMeans(k, random_state=seed)
+        for index in chunks:
+            kmeans.partial_fit(flat(index))
+    return torch.from_numpy(np.concatenate([kmeans.predict(flat(index)) for index in chunks])).long().to(split.device)
+
+
 def mmd(x, x2):
     """Squared maximum mean discrepancy, biased estimator, as in ORCA's code. (n, D), (m, D) -> scalar
 
@@ -742,7 +773,7 @@ def make_optimizer(module, args):
     """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as the official codes."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     return Adam(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
 
@@ -930,11 +961,11 @@ class Run:
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
         model.eval()
         out, y = [], []
-        for index in torch.arange(self.rank, len(split), self.world, device=self.device).split(256):
+        for index in torch.arange(self.rank, len(split), self.world, device=self.device).split(split.chunk):
             with self.autocast():
-                out.append(model(split.inputs(index)).float())
-            y.append(split.y[index])
-        out, y = torch.cat(out).cpu().numpy(), torch.cat(y).cpu().numpy()
+                out.append(model(split.inputs(index)).float().cpu())
+            y.append(split.targets(index).cpu())
+        out, y = torch.cat(out).numpy(), torch.cat(y).numpy()
         if self.world > 1:
             shares = [None] * self.world
             torch.distributed.all_gather_object(shares, (out, y))

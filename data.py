@@ -1343,9 +1343,13 @@ def presence(out, y, positive=1.0):
 
 
 def mask_loss(out, y):
-    """Binary cross-entropy, the mean over the pixels that count (y not NaN). out, y (B, H, W) -> scalar"""
+    """Binary cross-entropy, the mean over the pixels that count (y not NaN). out (B, H, W), y (B, any, any) -> scalar
+
+    A mask of another size is brought to that of the prediction (nearest pixel).
+    """
     import torch
 
+    y = torch.nn.functional.interpolate(y[:, None], out.shape[-2:])[:, 0]  # (B, H, W)
     counts = ~y.isnan()
     each = torch.nn.functional.binary_cross_entropy_with_logits(out.float(), y.nan_to_num(), reduction="none")
     return (each * counts).sum() / counts.sum().clamp(min=1)
