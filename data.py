@@ -1967,7 +1967,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
         if scale != "tiny":
             raise Missing(f"{task.name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated data take the place of {task.name}; {advice}")
-        most = max(24, 2**28 // math.prod(task.shape))  # 1 GB
+        most = max(24, 2**25 // math.prod(task.shape))  # 128 MB
         n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
         train = task.toy(n + n // 9 + 1, seed=0)
         test = task.toy(min(TOY_TEST, most), seed=1)
