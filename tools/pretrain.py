@@ -356,11 +356,11 @@ def text(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([p for i, p in enumerate(pieces) if i % 50 != 49], args.vocabulary)
     entries = tokenizer.get_vocab_size()
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
+    ids = [torch.tensor(tokenizer.encode(p).ids) for p in pieces]
 
     def packed(parts):
         """One stream of tokens, cut into sequences: (n, T)."""
-        stream = torch.tensor([i for part in parts for i in part])
+        stream = torch.cat(parts)
         if len(stream) < args.length:
             raise data.UserError(f"{args.data_dir} holds {len(stream)} tokens of text, too few for one --length {args.length}.")
         return stream[: len(stream) // args.length * args.length].view(-1, args.length)
