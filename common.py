@@ -851,7 +851,7 @@ class Run:
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one voice
         scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
-        modality = "2d" if len(data.find_task(args.task).shape) == 3 else "1d"
+        modality = data.find_task(args.task).modality
         args = replace(args, scale=scale, backbone=args.backbone or DEFAULT_BACKBONE[modality, scale])
         self.args, self.method = data.complete(args, method, scale), getattr(args, "mode", method)
         if self.args.batch_size % self.world:
