@@ -84,10 +84,10 @@ class Args:
 
     # ---- MoNA
     meta_epochs: int | None = None
-    """passes over the training samples in stage 1; each step costs about three of stage 2. 0: naive fine-tuning"""
+    """passes over the training samples in stage 1, a step for each --batch-size. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: that of stage 2"""
-    inner_lr: float = 1.0
+    inner_lr: float = 0.1
     """alpha, of the virtual step. lambda alpha weighs the outer gradient: at fine-tuning rates it vanishes, see `ratio`"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
     """weight of the source's loss. 0: embedder warm-up"""
@@ -171,18 +171,20 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     theta = {name: p.detach().requires_grad_() for name, p in model.encoder.named_parameters()}
     e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
     exact = gradient == "exact"
+    embedded = model.embedder(x_t)  # (B, N, D)
+    tokens = embedded if exact else embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once
 
     def inner_loss(theta):
-        tokens = model.embedder(x_t)  # (B, N, D)
         return loss(model.predictor(functional_call(model.encoder, theta, (tokens,))), y_t)
 
     with sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():  # fused attention has no second derivative
         L_inner = inner_loss(theta)  # line 1
-        g = torch.autograd.grad(L_inner, [*e, *h, *theta.values()], create_graph=exact)
-        g_e, g_h, g_theta = g[: len(e)], g[len(e) : len(e) + len(h)], g[len(e) + len(h) :]
+        g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()], create_graph=exact)
+        g_h, g_theta = [part.detach() for part in g[: len(h)]], g[len(h) :]
+        g_e = torch.autograd.grad(embedded, e, g_tokens.detach(), retain_graph=True)
         if gradient == "first-order":
             zero = torch.zeros_like(L_inner)
-            return list(g_e), list(g_h), torch.stack([L_inner.detach(), zero, zero, zero])
+            return list(g_e), g_h, torch.stack([L_inner.detach(), zero, zero, zero])
         with contextlib.nullcontext() if exact else torch.no_grad():  # line 2
             theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}
         del g, g_theta  # each is as large as the encoder
@@ -199,12 +201,12 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
             with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
                 for sign in (c, -c):
                     moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
-                    sides.append(torch.autograd.grad(inner_loss(moved), e))
+                    sides += torch.autograd.grad(inner_loss(moved), tokens)
                     del moved
-            outer = [-lambda_ * inner_lr * (plus - minus) / (2 * c) for plus, minus in zip(*sides, strict=True)]
+            outer = torch.autograd.grad(embedded, e, -lambda_ * inner_lr * (sides[0] - sides[1]) / (2 * c))
     norm = lambda parts: torch.stack(torch._foreach_norm(list(parts))).norm()
     log = torch.stack([L_inner, align, uniform, norm(outer) / norm(g_e)]).detach()
-    return [a.detach() + b for a, b in zip(g_e, outer, strict=True)], [a.detach() for a in g_h], log
+    return [a + b for a, b in zip(g_e, outer, strict=True)], g_h, log
 
 
 def meta_train(model, source, train, source_set, task, args, progress):

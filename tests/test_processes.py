@@ -31,14 +31,16 @@ SGD = [
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_and_accumulation_give_the_weights_of_one(script, tmp_path, method):
     ways = {"one": [], "two": [], "accumulated": ["--batch-size", 16, "--accumulate", 2]}
+    if method == "mona":
+        del ways["accumulated"]  # a micro-batch is a step of its stage 1
     for way, options in ways.items():
         script(f"{method}.py", *SGD, *options, out=tmp_path / way, processes=2 if way == "two" else 1)
     name = f"spherical-{'naive' if method == 'finetune' else method}-tiny-swin-s0-toy"
     one = weights(tmp_path / "one" / name)
     start = weights_before(method)
-    for way in ("two", "accumulated"):
+    for way in list(ways)[1:]:
         other = weights(tmp_path / way / name)
-        assert rows(tmp_path / way / name)[0]["val"] == pytest.approx(rows(tmp_path / "one" / name)[0]["val"], abs=0.01)
+        assert rows(tmp_path / way / name)[-1]["val"] == pytest.approx(rows(tmp_path / "one" / name)[-1]["val"], abs=0.01)
         for key, value in one.items():
             assert torch.allclose(value, other[key], atol=2e-5), (way, key)
     moved = sum((one[key] - value).abs().sum().item() for key, value in start.items() if key in one)
