@@ -1,4 +1,4 @@
-"""Every method on every task, end to end on toy data: `pytest -m matrix` runs all pairs; by default each task meets one method."""
+"""Every method on every task, end to end on toy data; by default each task meets one method, `-m matrix` runs all pairs."""
 
 import importlib
 import json
