@@ -17,7 +17,8 @@ everything, from that embedder.
 
     python mona.py --task spherical
 
-RESULT
+Measured on real images projected here, tiny scale, 5,000 samples, 12 epochs, 3 seeds: test error 0.864 ± 0.007 (naive
+fine-tuning 0.864 ± 0.004), 4.8 minutes on one CPU core. Published, full scale: 0.271. docs/results.md has the commands.
 
 Nobody published code. Signs in line 4 are Wang and Isola's (the slides print both terms negated, which would reward collapse);
 alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the texts: docs/paper-vs-code.md, M1 to M6, and
