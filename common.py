@@ -738,7 +738,7 @@ def class_labels(split, k=10, seed=0):
     if len(split) <= 10_000 and not split.lazy:
         kmeans = KMeans(min(k, len(split)), n_init=3, random_state=seed).fit(np.concatenate([flat(index) for index in chunks]))
     else:
-        kmeans = MiniBatchKMeans(k, random_state=seed)
+        kmeans = MiniBatchKMeans(min(k, len(split)), random_state=seed)
         for index in chunks:
             kmeans.partial_fit(flat(index))
     return torch.from_numpy(np.concatenate([kmeans.predict(flat(index)) for index in chunks])).long().to(split.device)
