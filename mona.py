@@ -256,9 +256,8 @@ def main(args):
     with run.first():
         source = common.load_source(args.backbone)  # MoNA
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
-        source_set = data.load_proxy(
-            args.source, args.data_dir, args.scale, seed=args.seed, device=device, tokenizer=source.tokenizer
-        )  # MoNA
+        wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # MoNA
+        source_set = data.load_proxy(*wanted, source.tokenizer)  # MoNA
     task, train = loaded.task, loaded.train
     if not run.open(train, source_set):  # MoNA
         return

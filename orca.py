@@ -190,9 +190,8 @@ def main(args):
     with run.first():
         source = common.load_source(args.backbone)  # ORCA
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
-        source_set = data.load_proxy(
-            args.source, args.data_dir, args.scale, args.source_samples, args.seed, device, source.tokenizer
-        )  # ORCA
+        wanted = args.source, args.data_dir, args.scale, args.source_samples, args.seed, device  # ORCA
+        source_set = data.load_proxy(*wanted, source.tokenizer)  # ORCA
     task, train = loaded.task, loaded.train
     if not run.open(train, source_set):  # ORCA
         return

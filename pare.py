@@ -231,9 +231,8 @@ def main(args):
     with run.first():
         source = common.load_source(args.backbone)  # PaRe
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
-        source_set = data.load_proxy(
-            args.source, args.data_dir, args.scale, seed=args.seed, device=device, tokenizer=source.tokenizer
-        )  # PaRe
+        wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # PaRe
+        source_set = data.load_proxy(*wanted, source.tokenizer)  # PaRe
     task, train = loaded.task, loaded.train
     if not run.open(train, source_set):  # PaRe
         return
