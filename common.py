@@ -2,11 +2,13 @@
 
     model = predictor(encoder(embedder(x)))
 
-Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature width, K classes, C channels, H W sizes; in the
-distances n and m samples. `_s` source, `_t` target, `_m` mixed.
+Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature width, K classes, C channels, H W sizes, L time
+steps (whatever the axis of a 1D signal is), k of them in a token, c channels of a predicted field; in the distances n and m
+samples. `_s` source, `_t` target, `_m` mixed.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -18,6 +20,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,14 +64,60 @@ class Embedder2d(nn.Module):
         return self.norm(self.project(x).flatten(2).transpose(1, 2))  # (B, N, D)
 
 
+def stack_number(length, max_tokens):
+    """Time steps in one token: the smallest divisor of `length` that leaves at most `max_tokens` tokens.
+
+    A prime length above `max_tokens` has no other divisor than itself and becomes one token: the papers' rule, kept.
+    """
+    return next(k for k in range(1, length + 1) if length % k == 0 and length // k <= max_tokens)
+
+
+class Embedder1d(nn.Module):
+    """Signals to tokens: one linear map of each `stack` time steps, LayerNorm, then learned positions.
+
+    RoBERTa adds its positions before its LayerNorm; the official codes' target embedder adds them after, and so does this.
+    Starts random as they do: Xavier-uniform with gain sqrt(2), zero bias; the positions normal(0, 0.02), as RoBERTa's did.
+
+    Args:
+        channels, length: C and L of the signals.
+        width: D of the tokens.
+        max_tokens: the most tokens a sample may become; N = L / `stack_number(L, max_tokens)`.
+    """
+
+    def __init__(self, channels, length, width, max_tokens=512):
+        super().__init__()
+        self.stack = stack_number(length, max_tokens)  # k
+        self.tokens = length // self.stack  # N
+        self.project = nn.Conv1d(channels, width, self.stack, stride=self.stack)
+        self.norm = nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.empty(self.tokens, width))
+        nn.init.xavier_uniform_(self.project.weight, gain=2**0.5)
+        nn.init.zeros_(self.project.bias)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, x):
+        return self.norm(self.project(x).transpose(1, 2)) + self.positions  # (B, C, L) -> (B, N, D)
+
+
 def initialise(embedder, source, init):
     """Start the target embedder: the one option that means the same in every method.
 
-    "copy" takes projection, bias and LayerNorm from the pretrained embedder; for C != 3 channels its 3 input slices are
-    tiled and cut to C, not rescaled (the official codes' way). "random" leaves the constructor's values.
-    "truncated" is normal(0, 0.02) cut at two units, which ORCA's release gives to its naive fine-tuning only.
+    "copy", 2D: projection, bias and LayerNorm of the pretrained embedder; for C != 3 channels its 3 input slices are tiled
+    and cut to C, not rescaled (the official codes' way). 1D: LayerNorm and the first N positions of the pretrained
+    embedder; the projection stays random, since words have none.
+    "random" leaves the constructor's values.
+    "truncated" is what ORCA's release gives to its naive fine-tuning only. 2D: normal(0, 0.02) cut at two units. 1D: the
+    positions alone are copied (the release's list of layers to draw again lacks Conv1d).
     """
-    if init == "copy":
+    if isinstance(embedder, Embedder1d):
+        if init in ("copy", "truncated"):
+            first = first_position(source.embedder)
+            with torch.no_grad():
+                table = source.embedder.position_embeddings.weight  # (positions, D)
+                embedder.positions.copy_(table[first : first + embedder.tokens])  # (N, D)
+        if init == "copy":
+            embedder.norm.load_state_dict(source.embedder.LayerNorm.state_dict())
+    elif init == "copy":
         weight = source.embedder.project.weight  # (D, 3, patch, patch)
         channels = embedder.project.in_channels
         tiled = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels]  # (D, C, patch, patch)
@@ -76,6 +125,26 @@ def initialise(embedder, source, init):
     elif init == "truncated":
         nn.init.trunc_normal_(embedder.project.weight, std=0.02)
     return embedder
+
+
+def make_embedder(shape, source, init, max_tokens=512):
+    """The target embedder of samples of `shape`, (C, H, W) or (C, L), in front of `source`, started by `initialise`.
+
+    Args:
+        max_tokens: of a 1D task; never more than the backbone has positions.
+    Raises: UserError for a 1D task with a Swin, or a 2D task with a text model.
+    """
+    modality = "2d" if len(shape) == 3 else "1d"
+    if source.modality != modality:
+        fitting = " or ".join(dict.fromkeys(DEFAULT_BACKBONE[modality, scale] for scale in ("tiny", "full")))
+        kinds = {"1d": "a text model, for 1D tasks", "2d": "a Swin, for 2D tasks"}
+        raise UserError(
+            f"--backbone: {source.name} is {kinds[source.modality]}; this one has samples {' x '.join(map(str, shape))}.\n"
+            f"Give {fitting}, or leave --backbone out."
+        )
+    if modality == "2d":
+        return initialise(Embedder2d(shape[0], source.token_width, source.size), source, init)
+    return initialise(Embedder1d(*shape, source.token_width, min(max_tokens, source.positions)), source, init)
 
 
 class ClassPredictor(nn.Module):
@@ -87,6 +156,79 @@ class ClassPredictor(nn.Module):
 
     def forward(self, features):
         return self.linear(features.mean(1))  # (B, n, F) -> (B, F) -> (B, K)
+
+
+class DensePredictor2d(nn.Module):
+    """Every feature becomes a square of 3-channel pixels, averaged down (or spread) to the field: (B, n, F) -> (B, *out).
+
+    The one trained map is F -> 3 factor^2, a 1 x 1 convolution. The average over channels, 3 -> c, has overlapping windows
+    where 3 is no multiple of c, as the official code's has.
+
+    Args:
+        width: F.
+        out: (H, W), or (c, H, W).
+        factor: side of a square, so that the squares cover the pictures the backbone was built for (32 for every full Swin).
+    """
+
+    def __init__(self, width, out, factor=32):
+        super().__init__()
+        self.out, self.factor = tuple(out), factor
+        self.linear = nn.Linear(width, 3 * factor**2)
+
+    def forward(self, features):
+        side = round(features.shape[1] ** 0.5)
+        x = self.linear(features).transpose(1, 2).unflatten(2, (side, side))  # (B, n, F) -> (B, 3 factor^2, side, side)
+        x = F.pixel_shuffle(x, self.factor)  # (B, 3, side factor, side factor)
+        c, H, W = (1, *self.out)[-3:]
+        x = F.adaptive_avg_pool1d(x.flatten(2).transpose(1, 2), c).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, c, ..)
+        return F.adaptive_avg_pool2d(x, (H, W)).reshape(-1, *self.out)  # (B, c, H, W) -> (B, *out)
+
+
+class DensePredictor1d(nn.Module):
+    """Every feature becomes the c x k values of its own time steps: (B, N, F) -> (B, c, N k).
+
+    Args:
+        width: F.
+        out: (c, L_out), L_out = N k.
+        stack: k.
+        pooling: False, a learned linear map F -> c k, as the papers' text has it. True, the released head: averages of
+            groups of features, nothing learned.
+    """
+
+    def __init__(self, width, out, stack, pooling=False):
+        super().__init__()
+        self.channels, self.stack = out[0], stack
+        self.head = nn.AdaptiveAvgPool1d(out[0] * stack) if pooling else nn.Linear(width, out[0] * stack)
+
+    def forward(self, features):
+        x = self.head(features).unflatten(2, (self.channels, self.stack))  # (B, N, F) -> (B, N, c, k)
+        return x.transpose(1, 2).flatten(2)  # (B, c, N k)
+
+
+def make_predictor(output, target, source, embedder, pooling=False):
+    """The predictor of a task: class scores, or a field.
+
+    Args:
+        output: shape of one prediction: (K,); (H, W) or (c, H, W); (c, L_out).
+        target: "class", "labels" or "field".
+        pooling: the released head of 1D fields, see `DensePredictor1d`.
+    Raises: ValueError if a 1D field is no whole number of time steps for every token.
+    """
+    if target != "field":
+        return ClassPredictor(source.feature_width, output[0])
+    if source.modality == "2d":
+        return DensePredictor2d(source.feature_width, output, source.encoder.reduction)
+    if output[1] % embedder.tokens:
+        raise ValueError(f"{embedder.tokens} tokens cannot predict {output[1]} time steps: not a whole number each")
+    return DensePredictor1d(source.feature_width, output, output[1] // embedder.tokens, pooling)
+
+
+def set_dropout(encoder, p):
+    """Dropout of every layer that has any; stochastic depth, which is none, stays. Returns the encoder."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return encoder
 
 
 class Model(nn.Module):
@@ -101,15 +243,23 @@ class Model(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backbones: a pretrained Swin, cut into its embedder and its encoder. The only place that knows timm's insides.
+# Backbones: a pretrained Swin or RoBERTa, cut into its embedder and its encoder. The only place that knows the insides of
+# timm and transformers.
 # ---------------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHORT_NAMES = {
-    "swin_base": "swin_base_patch4_window7_224.ms_in22k",  # the papers' backbone
+    "swin_base": "swin_base_patch4_window7_224.ms_in22k",  # the papers' backbones
     "swin_tiny": "swin_tiny_patch4_window7_224.ms_in22k",
+    "roberta_base": "FacebookAI/roberta-base",
 }
-DEFAULT_BACKBONE = {"tiny": "tiny-swin", "full": "swin_base"}
+DEFAULT_BACKBONE = {
+    ("2d", "tiny"): "tiny-swin", ("2d", "full"): "swin_base",
+    ("1d", "tiny"): "tiny-roberta", ("1d", "full"): "roberta_base",
+}  # fmt: skip
+BERT_LIKE = ("bert", "camembert", "roberta", "xlm-roberta")  # transformers' names of the architectures that can be cut
+ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                    intermediate_size=3072, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # fmt: skip
 
 
 class SwinEncoder(nn.Module):
@@ -118,6 +268,7 @@ class SwinEncoder(nn.Module):
     def __init__(self, swin):
         super().__init__()
         self.grid = swin.patch_embed.grid_size
+        self.reduction = swin.feature_info[-1]["reduction"]  # side of the picture / side of the last grid
         self.layers, self.norm = swin.layers, swin.norm
 
     def forward(self, tokens):
@@ -125,16 +276,51 @@ class SwinEncoder(nn.Module):
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, n, F)
 
 
+class TextEncoder(nn.Module):
+    """The layers of a BERT-like model, which read tokens of any origin: (B, N, D) -> (B, N, F), F = D; nothing is masked."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layers = model.encoder
+
+    def forward(self, tokens):
+        return self.layers(tokens)[0]  # (B, N, D) -> (B, N, F)
+
+
+class Tokenizer:
+    """Words to token ids, with a text model's own vocabulary: list[str] -> list[int], without <s> and </s>.
+
+    `pad` is the id that fills a short sequence. `load` fetches the vocabulary, at first use: only text sources need it.
+    """
+
+    def __init__(self, load):
+        self.load = load
+
+    @functools.cached_property
+    def vocabulary(self):
+        return self.load()
+
+    @property
+    def pad(self):
+        return self.vocabulary.pad_token_id
+
+    def __call__(self, words):
+        return self.vocabulary(words, is_split_into_words=True, add_special_tokens=False).input_ids
+
+
 @dataclass
 class Source:
     """A pretrained model in two parts: its own embedder, frozen, and the encoder that is going to be adapted."""
 
     name: str
-    embedder: Embedder2d
+    modality: Literal["2d", "1d"]  # a Swin, or a text model
+    embedder: nn.Module  # pictures (B, 3, H, W), or token ids (B, N), to tokens (B, N, D)
     encoder: nn.Module
     token_width: int  # D
     feature_width: int  # F
-    size: int  # side of the pictures it was built for
+    size: int | None = None  # 2D: side of the pictures it was built for
+    positions: int | None = None  # 1D: the most tokens it can read
+    tokenizer: Tokenizer | None = None  # 1D: words to token ids
 
 
 def reason(error):
@@ -162,58 +348,148 @@ def import_timm():
     return timm
 
 
-def read_swin(path, pretrained=True):
-    """A Swin from a file of tools/pretrain.py, which carries its architecture."""
+def import_transformers():
+    """transformers, without progress bars, notes on weights that are not used here, or a line for each retry of a download."""
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+    return transformers
+
+
+def read_file(path):
+    """What a file of tools/pretrain.py holds: its architecture, its vocabulary (None for a Swin), its weights in fp32."""
+    if not path.exists():
+        raise UserError(f"--backbone: there is no file {path}.")
     try:
         with safe_open(path, "pt") as file:
-            architecture = json.loads((file.metadata() or {}).get("architecture", "null"))
-        weights = load_file(path)
+            metadata = file.metadata() or {}
+        weights = {k: v.float() for k, v in load_file(path).items()}
     except SafetensorError as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({error}).\nRestore it, or write it again with tools/pretrain.py."
         ) from error
-    if architecture is None:
+    if "architecture" not in metadata:
         raise UserError(
-            f"{path} does not say its architecture.\nGive a file of tools/pretrain.py, a timm name, or a folder saved by timm."
+            f"{path} does not say its architecture.\n"
+            "Give a file of tools/pretrain.py, a timm name, a Hugging Face id, or a folder saved by timm or transformers."
         )
+    return json.loads(metadata["architecture"]), metadata.get("tokenizer"), weights
+
+
+def read_swin(path, pretrained=True):
+    """A Swin from a file of tools/pretrain.py, which carries its architecture."""
+    architecture, _, weights = read_file(path)
     swin = build_swin(**architecture)
     if pretrained:
-        swin.load_state_dict({k: v.float() for k, v in weights.items()})
+        swin.load_state_dict(weights)
     return swin
+
+
+def read_roberta(path, pretrained=True):
+    """A RoBERTa and its tokenizer from a file of tools/pretrain.py, which carries its architecture and its vocabulary."""
+    transformers = import_transformers()
+    architecture, vocabulary, weights = read_file(path)
+    model = transformers.RobertaModel(transformers.RobertaConfig(**architecture), add_pooling_layer=False)
+    if pretrained:
+        model.load_state_dict({k.removeprefix("roberta."): v for k, v in weights.items() if k.startswith("roberta.")})
+
+    def load():
+        from tokenizers import Tokenizer as Rules
+
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=Rules.from_str(vocabulary), pad_token="<pad>")
+
+    return model, Tokenizer(load)
+
+
+def fetch_text_model(name, wanted, pretrained):
+    """A BERT-like model and its tokenizer by Hugging Face id, from a folder saved by transformers, or RoBERTa-base unfetched.
+
+    Dropout is 0, as in the official configurations. Raises UserError for another architecture, or if nothing can be had.
+    """
+    transformers = import_transformers()
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if wanted == SHORT_NAMES["roberta_base"] and not pretrained:
+        # no network is needed to measure speed: words are read with the vocabulary that is here, which is smaller
+        _, tokenizer = read_roberta(WEIGHTS / "tiny-roberta.safetensors", pretrained=False)
+        config = transformers.RobertaConfig(**ROBERTA_BASE | no_dropout)
+        return transformers.RobertaModel(config, add_pooling_layer=False), tokenizer
+    if wanted.startswith((".", "/", "~")) and not Path(wanted).is_dir():
+        raise UserError(f"--backbone: there is no folder {wanted}.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(wanted, **no_dropout)
+        if config.model_type not in BERT_LIKE:
+            raise UserError(
+                f"--backbone: {name} is a {config.model_type} model, which cannot be cut into embedder and encoder.\n"
+                f"Give one of these kinds: {', '.join(BERT_LIKE)}."
+            )
+        if pretrained:
+            model = transformers.AutoModel.from_pretrained(wanted, config=config, dtype=torch.float32)
+        else:
+            model = transformers.AutoModel.from_config(config)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no such id, no weights, no network
+        raise UserError(
+            f"--backbone: the weights of {wanted} cannot be had ({reason(error)}).\n"
+            "Give a folder that holds them, tiny-roberta, or random:roberta_base to measure speed only."
+        ) from error
+
+    def load():
+        try:
+            vocabulary = transformers.AutoTokenizer.from_pretrained(wanted, add_prefix_space=True)
+            if len(vocabulary) <= len(vocabulary.all_special_ids):  # transformers makes an empty one where there is none
+                raise ValueError("it has no words")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--backbone: {wanted} comes without its tokenizer, which a text source needs ({reason(error)}).\n"
+                "Save it beside the model: tokenizer.save_pretrained(folder)."
+            ) from error
+        return vocabulary
+
+    return model, Tokenizer(load)
+
+
+def first_position(embeddings):
+    """The row of the position table that a text's first token takes: 0 for BERT; RoBERTa's rows begin after its padding's."""
+    padding = embeddings.position_embeddings.padding_idx
+    return 0 if padding is None else padding + 1
+
+
+def is_text_model(short, path):
+    """Does `short` name a text model? Known by its file's architecture, its folder's config.json, or a slash (an id)."""
+    if path.suffix == ".safetensors":
+        return "model_type" in read_file(path)[0]
+    if path.is_dir():
+        config = path / "config.json"
+        return config.exists() and '"model_type"' in config.read_text()
+    return "/" in SHORT_NAMES.get(short, short) and not short.startswith("hf-hub:")
 
 
 def load_source(name, pretrained=True):
     """The backbone `name` as a Source.
 
     Args:
-        name: "tiny-swin" or another file in weights/; "swin_base", "swin_tiny"; any timm Swin; a .safetensors file of
-            tools/pretrain.py; a folder saved by timm (config.json, model.safetensors). "random:NAME" is NAME with random
-            weights, for measuring speed where no weights can be had.
+        name: for 2D tasks "tiny-swin", "swin_base", "swin_tiny", any timm Swin, a folder saved by timm (config.json,
+            model.safetensors). For 1D tasks "tiny-roberta", "roberta_base", a Hugging Face id ("owner/name") of a BERT-like
+            model, a folder saved by transformers. For both a .safetensors file of tools/pretrain.py. "random:NAME" is NAME
+            with random weights, for measuring speed where no weights can be had.
         pretrained: False builds the same network with random weights.
-    Raises: UserError for a name nobody knows, a damaged file, a model that is no Swin, a hub that does not answer.
+    Raises: UserError for a name nobody knows, a damaged file, a model that cannot be cut, a hub that does not answer.
     """
-    timm = import_timm()
     short = name.removeprefix("random:")
     pretrained = pretrained and short == name
     path = Path(short)
     if (WEIGHTS / f"{short}.safetensors").exists():
         path = WEIGHTS / f"{short}.safetensors"
-    if path.suffix == ".safetensors":
-        if not path.exists():
-            raise UserError(f"--backbone: there is no file {path}.")
-        swin = read_swin(path, pretrained)
-    else:
-        wanted = f"local-dir:{path}" if path.is_dir() else SHORT_NAMES.get(short, short)
-        if not path.is_dir() and not timm.is_model(wanted) and not short.startswith("hf-hub:"):
-            known = ", ".join([p.stem for p in WEIGHTS.glob("*.safetensors")] + list(SHORT_NAMES))
-            raise UserError(f"--backbone: no model is called {short!r}. Known here: {known}; any timm Swin; a path.")
-        try:
-            swin = timm.create_model(wanted, pretrained=pretrained)
-        except (OSError, ValueError, RuntimeError) as error:  # no such tag, no weights, no network
-            raise UserError(
-                f"--backbone: the weights of {wanted} cannot be had ({reason(error)}).\n"
-                f"Give a folder that holds them, tiny-swin, or random:{short} to measure speed only."
-            ) from error
+    from_file, wanted = path.suffix == ".safetensors", SHORT_NAMES.get(short, short)
+    if is_text_model(short, path):
+        model, tokenizer = read_roberta(path, pretrained) if from_file else fetch_text_model(name, wanted, pretrained)
+        table = model.embeddings.position_embeddings
+        embedder, width = model.embeddings.requires_grad_(False), table.embedding_dim
+        positions = table.num_embeddings - first_position(embedder)
+        return Source(name, "1d", embedder, TextEncoder(model), width, width, positions=positions, tokenizer=tokenizer)
+    swin = read_swin(path, pretrained) if from_file else fetch_swin(short, wanted, pretrained)
     if not hasattr(swin, "layers") or not hasattr(swin, "patch_embed"):
         raise UserError(
             f"--backbone: {name} is a {type(swin).__name__}; only Swin transformers can be cut into embedder and encoder."
@@ -222,7 +498,25 @@ def load_source(name, pretrained=True):
     embedder = Embedder2d(3, swin.embed_dim, size, patches.patch_size[0])
     embedder.project.load_state_dict(patches.proj.state_dict())
     embedder.norm.load_state_dict(patches.norm.state_dict())
-    return Source(name, embedder.requires_grad_(False), SwinEncoder(swin), swin.embed_dim, swin.num_features, size)
+    return Source(name, "2d", embedder.requires_grad_(False), SwinEncoder(swin), swin.embed_dim, swin.num_features, size)
+
+
+def fetch_swin(short, wanted, pretrained):
+    """A timm model by name, or from a folder saved by timm. Raises UserError if nobody knows it, or it cannot be had."""
+    timm = import_timm()
+    folder = Path(short).is_dir()
+    if not folder and not timm.is_model(wanted) and not short.startswith("hf-hub:"):
+        known = ", ".join(sorted({p.stem for p in WEIGHTS.glob("*.safetensors")}) + list(SHORT_NAMES))
+        raise UserError(
+            f"--backbone: no model is called {short!r}. Known here: {known}; any timm Swin; owner/name on Hugging Face; a path."
+        )
+    try:
+        return timm.create_model(f"local-dir:{short}" if folder else wanted, pretrained=pretrained)
+    except (OSError, ValueError, RuntimeError) as error:  # no such tag, no weights, no network
+        raise UserError(
+            f"--backbone: the weights of {wanted} cannot be had ({reason(error)}).\n"
+            f"Give a folder that holds them, tiny-swin, or random:{short} to measure speed only."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,6 +721,29 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
     return entropic_cost(cost, s.mass, t.mass, reg, info=info) - (s.self_cost + t.self_cost) / 2
 
 
+def class_labels(split, k=10, seed=0):
+    """The class of every sample of a data.Split; where there are no classes, the cluster of its target by k-means.
+
+    Fields and multi-label targets are flattened, as in the official code; unknown values (NaN) count as 0. More than 10,000
+    samples, or targets read from files, go through mini-batch k-means, a chunk at a time.
+
+    Returns: (n,) int64 on the split's device.
+    """
+    if split.target == "class":
+        return split.y
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    chunks = torch.arange(len(split), device=split.device).split(1000)
+    flat = lambda index: split.targets(index).flatten(1).nan_to_num().float().cpu().numpy()  # (1000, everything)
+    if len(split) <= 10_000 and not split.lazy:
+        kmeans = KMeans(min(k, len(split)), n_init=3, random_state=seed).fit(np.concatenate([flat(index) for index in chunks]))
+    else:
+        kmeans = MiniBatchKMeans(min(k, len(split)), random_state=seed)
+        for index in chunks:
+            kmeans.partial_fit(flat(index))
+    return torch.from_numpy(np.concatenate([kmeans.predict(flat(index)) for index in chunks])).long().to(split.device)
+
+
 def mmd(x, x2):
     """Squared maximum mean discrepancy, biased estimator, as in ORCA's code. (n, D), (m, D) -> scalar
 
@@ -456,7 +773,7 @@ def make_optimizer(module, args):
     """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as the official codes."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     return Adam(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
 
@@ -534,7 +851,8 @@ class Run:
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one voice
         scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
-        args = replace(args, scale=scale, backbone=args.backbone or DEFAULT_BACKBONE[scale])
+        modality = data.find_task(args.task).modality
+        args = replace(args, scale=scale, backbone=args.backbone or DEFAULT_BACKBONE[modality, scale])
         self.args, self.method = data.complete(args, method, scale), getattr(args, "mode", method)
         if self.args.batch_size % self.world:
             raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes.")
@@ -643,11 +961,11 @@ class Run:
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
         model.eval()
         out, y = [], []
-        for index in torch.arange(self.rank, len(split), self.world, device=self.device).split(256):
+        for index in torch.arange(self.rank, len(split), self.world, device=self.device).split(split.chunk):
             with self.autocast():
-                out.append(model(split.inputs(index)).float())
-            y.append(split.y[index])
-        out, y = torch.cat(out).cpu().numpy(), torch.cat(y).cpu().numpy()
+                out.append(model(split.inputs(index)).float().cpu())
+            y.append(split.targets(index).cpu())
+        out, y = torch.cat(out).numpy(), torch.cat(y).numpy()
         if self.world > 1:
             shares = [None] * self.world
             torch.distributed.all_gather_object(shares, (out, y))

@@ -32,8 +32,8 @@ class Args:
     scale: Literal["auto", "tiny", "full"] = "auto"
     """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
-    """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
-    source: Literal["cifar10", "tiny_imagenet"] | None = None
+    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
+    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
     """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
     data_dir: str = "datasets"
     """where the official files are read from; nothing is written there"""
@@ -58,7 +58,11 @@ class Args:
     accumulate: int | None = None
     """forward passes averaged into one optimizer step"""
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """sgd has momentum 0.9; the Adams have betas (0.9, 0.98)"""
+    """the Adams have betas (0.9, 0.98)"""
+    momentum: float | None = None
+    """of sgd"""
+    dropout: float | None = None
+    """of a text encoder's hidden states and attention; 0 in most published settings"""
     lr: float | None = None
     """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
     weight_decay: float | None = None
@@ -93,7 +97,8 @@ import common
 def trains(mode, name, warming):
     """Does the parameter `name` train? They are called embedder.*, encoder.* and predictor.*"""
     if mode == "frozen":  # LayerNorms, position biases and patch merging train: FPT freezes attention and feed-forward only
-        return not any(part in name for part in (".attn.qkv.", ".attn.proj.", ".mlp."))
+        swin, text = (".attn.qkv.", ".attn.proj.", ".mlp."), (".attention.self.", ".dense.")
+        return not any(part in name for part in swin + text)
     if mode == "warmup" and warming:  # the embedder alone; the random predictor waits too, as the text says "all else frozen"
         return name.startswith("embedder.")
     return mode != "probe" or name.startswith("predictor.")
@@ -110,16 +115,17 @@ def main(args):
     run = common.Run(args, "finetune")  # finetune
     args, device = run.args, run.device
     with run.first():
+        source = common.load_source(args.backbone, pretrained=args.mode != "scratch")  # finetune
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
     task, train = loaded.task, loaded.train
     if not run.open(train):  # finetune
         return
 
     # ---- the model
-    source = common.load_source(args.backbone, pretrained=args.mode != "scratch")  # finetune
     init = "truncated" if args.as_released else "random" if args.mode == "scratch" else args.init  # finetune
-    embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, init)  # finetune
-    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
+    embedder = common.make_embedder(task.shape, source, init, task.tokens)  # finetune
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=args.as_released)
+    model = common.Model(embedder, common.set_dropout(source.encoder, args.dropout), predictor)
     if args.compile:
         run.compile(model.encoder)
 

@@ -41,8 +41,8 @@ class Args:
     scale: Literal["auto", "tiny", "full"] = "auto"
     """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
-    """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
-    source: Literal["cifar10", "tiny_imagenet"] | None = None
+    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
+    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
     """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
     data_dir: str = "datasets"
     """where the official files are read from; nothing is written there"""
@@ -67,7 +67,11 @@ class Args:
     accumulate: int | None = None
     """forward passes averaged into one optimizer step"""
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """sgd has momentum 0.9; the Adams have betas (0.9, 0.98)"""
+    """the Adams have betas (0.9, 0.98)"""
+    momentum: float | None = None
+    """of sgd"""
+    dropout: float | None = None
+    """of a text encoder's hidden states and attention; 0 in most published settings"""
     lr: float | None = None
     """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
     weight_decay: float | None = None
@@ -218,7 +222,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
     steps = max(1, len(train) // args.batch_size)
     rows = []
     for epoch in range(args.meta_epochs):
-        start, logs = common.now(), torch.zeros(steps, 4, device=train.y.device)
+        start, logs = common.now(), torch.zeros(steps, 4, device=train.device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch)
         batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch)
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
@@ -250,16 +254,18 @@ def main(args):
     run = common.Run(args, "mona")  # MoNA
     args, device = run.args, run.device
     with run.first():
+        source = common.load_source(args.backbone)  # MoNA
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
-        source_set = data.load_proxy(args.source, args.data_dir, args.scale, seed=args.seed, device=device)  # MoNA
+        wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # MoNA
+        source_set = data.load_proxy(*wanted, source.tokenizer)  # MoNA
     task, train = loaded.task, loaded.train
     if not run.open(train, source_set):  # MoNA
         return
 
     # ---- the model
-    source = common.load_source(args.backbone)  # MoNA
-    embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, args.init)  # MoNA
-    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
+    embedder = common.make_embedder(task.shape, source, args.init, task.tokens)  # MoNA
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=args.as_released)
+    model = common.Model(embedder, common.set_dropout(source.encoder, args.dropout), predictor)
     if args.compile:
         run.compile(model.encoder)
 

@@ -39,8 +39,8 @@ class Args:
     scale: Literal["auto", "tiny", "full"] = "auto"
     """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
-    """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
-    source: Literal["cifar10", "tiny_imagenet"] | None = None
+    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
+    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
     """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
     data_dir: str = "datasets"
     """where the official files are read from; nothing is written there"""
@@ -65,7 +65,11 @@ class Args:
     accumulate: int | None = None
     """forward passes averaged into one optimizer step"""
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """sgd has momentum 0.9; the Adams have betas (0.9, 0.98)"""
+    """the Adams have betas (0.9, 0.98)"""
+    momentum: float | None = None
+    """of sgd"""
+    dropout: float | None = None
+    """of a text encoder's hidden states and attention; 0 in most published settings"""
     lr: float | None = None
     """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
     weight_decay: float | None = None
@@ -108,18 +112,6 @@ import common
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def pseudo_labels(y, k=10, seed=0):
-    """Labels for targets that have no classes: the cluster of each by k-means. y (n, ...) -> (n,) int in 0..k-1"""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-
-    flat = y.flatten(1).float().cpu().numpy()  # (n, everything)
-    if len(flat) > 10_000:
-        kmeans = MiniBatchKMeans(k, batch_size=10_000, n_init=3, random_state=seed)
-    else:
-        kmeans = KMeans(min(k, len(flat)), n_init=3, random_state=seed)
-    return torch.from_numpy(kmeans.fit_predict(flat)).long().to(y.device)
 
 
 def embed(embedder, split, index):
@@ -196,16 +188,18 @@ def main(args):
     run = common.Run(args, "orca")  # ORCA
     args, device = run.args, run.device
     with run.first():
+        source = common.load_source(args.backbone)  # ORCA
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
-        source_set = data.load_proxy(args.source, args.data_dir, args.scale, args.source_samples, args.seed, device)  # ORCA
+        wanted = args.source, args.data_dir, args.scale, args.source_samples, args.seed, device  # ORCA
+        source_set = data.load_proxy(*wanted, source.tokenizer)  # ORCA
     task, train = loaded.task, loaded.train
     if not run.open(train, source_set):  # ORCA
         return
 
     # ---- the model
-    source = common.load_source(args.backbone)  # ORCA
-    embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, args.init)  # ORCA
-    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
+    embedder = common.make_embedder(task.shape, source, args.init, task.tokens)  # ORCA
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=args.as_released)
+    model = common.Model(embedder, common.set_dropout(source.encoder, args.dropout), predictor)
     if args.compile:
         run.compile(model.encoder)
 
@@ -217,8 +211,8 @@ def main(args):
         with torch.no_grad():
             everything = torch.arange(len(source_set), device=device)
             u_s = torch.cat([embed(source.embedder, source_set, part) for part in everything.split(128)])  # (n, D)
-        y_t = train.y if train.y.ndim == 1 and not train.y.is_floating_point() else pseudo_labels(train.y, seed=args.seed)
-        rows = align(embedder, u_s, source_set.y, train, y_t, args, lambda epochs: run.progress(epochs, len(epochs), "stage 1"))
+        y_s, y_t = (common.class_labels(split, seed=args.seed) for split in (source_set, train))
+        rows = align(embedder, u_s, y_s, train, y_t, args, lambda epochs: run.progress(epochs, len(epochs), "stage 1"))
         run.keep_stage1(rows, embedder=embedder)
         first, last = rows[0]["distance"], rows[-1]["distance"]
         print(f"ORCA    {args.objective} from {first:.4g} to {last:.4g} in {len(rows)} embedder epochs,",

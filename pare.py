@@ -39,8 +39,8 @@ class Args:
     scale: Literal["auto", "tiny", "full"] = "auto"
     """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
-    """tiny-swin, swin_base, swin_tiny, any timm Swin, or a path. Default: tiny-swin or swin_base, by scale"""
-    source: Literal["cifar10", "tiny_imagenet"] | None = None
+    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
+    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
     """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
     data_dir: str = "datasets"
     """where the official files are read from; nothing is written there"""
@@ -65,7 +65,11 @@ class Args:
     accumulate: int | None = None
     """forward passes averaged into one optimizer step"""
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """sgd has momentum 0.9; the Adams have betas (0.9, 0.98)"""
+    """the Adams have betas (0.9, 0.98)"""
+    momentum: float | None = None
+    """of sgd"""
+    dropout: float | None = None
+    """of a text encoder's hidden states and attention; 0 in most published settings"""
     lr: float | None = None
     """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
     weight_decay: float | None = None
@@ -84,8 +88,8 @@ class Args:
     """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
     ratio: Literal["k/k0", "k/N"] = "k/k0"
     """lambda, the weight of the source label: k/k0 (text) starts at 1, k/N (code) is the share of source tokens: CutMix"""
-    mix_weight: float = 1.0
-    """weight of L_mix in the total loss; the official codes use 1 (classification), 0.3 (dense) and 0.1 (1D)"""
+    mix_weight: float | None = None
+    """weight of L_mix in the total loss. Default: the official 1 (2D classification), 0.3 (2D fields), 0.1 (1D)"""
     temperature: float = 0.9
     """of the relaxed top-k that gives the gate its gradient; lower is closer to the hard choice"""
     gate_noise: float = 0.0
@@ -96,7 +100,6 @@ if __name__ == "__main__":  # the command line comes first: --help and mistakes 
     args = data.command_line(Args, __doc__)
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -226,24 +229,31 @@ def main(args):
     run = common.Run(args, "pare")  # PaRe
     args, device = run.args, run.device
     with run.first():
+        source = common.load_source(args.backbone)  # PaRe
         loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
-        source_set = data.load_proxy(args.source, args.data_dir, args.scale, seed=args.seed, device=device)  # PaRe
+        wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # PaRe
+        source_set = data.load_proxy(*wanted, source.tokenizer)  # PaRe
     task, train = loaded.task, loaded.train
     if not run.open(train, source_set):  # PaRe
         return
 
     # ---- the model
-    source = common.load_source(args.backbone)  # PaRe
-    embedder = common.initialise(common.Embedder2d(task.shape[0], source.token_width, source.size), source, args.init)  # PaRe
-    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, train.classes))
+    embedder = common.make_embedder(task.shape, source, args.init, task.tokens)  # PaRe
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=args.as_released)
+    model = common.Model(embedder, common.set_dropout(source.encoder, args.dropout), predictor)
     if args.compile:
         run.compile(model.encoder)
 
     # ---- PaRe: gate, source predictor, and the frozen source embedder, which is no part of what trains
-    gate, predictor_s = Gate(source.token_width), common.ClassPredictor(source.feature_width, source_set.classes)
+    if task.target == source_set.target == "field":
+        predictor_s = predictor  # fields and masks share one, as in the official code
+    else:
+        predictor_s = common.make_predictor(source_set.output, source_set.target, source, embedder)
+    gate = Gate(source.token_width)
     net = PaRe(model, gate, predictor_s, args.temperature, args.gate_noise)
     source.embedder.to(device)
-    N, N_s = embedder.tokens, source.embedder.tokens
+    first = torch.zeros(1, dtype=torch.long, device=device)
+    N, N_s = embedder.tokens, source.embedder(source_set.inputs(first)).shape[1]
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
     if k_end > k0:
         raise data.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
@@ -273,10 +283,10 @@ def main(args):
                 x_s, y_s = next(batches_s)  # PaRe
                 with run.autocast():
                     tokens_s = source.embedder(x_s)  # PaRe: (B, N_s, D), frozen
-                    out, out_m, out_ms = net(x, tokens_s, k, gate_trains)  # PaRe: (B, K), (B, K), (B, K_s)
+                    out, out_m, out_ms = net(x, tokens_s, k, gate_trains)  # PaRe: (B, ...), (B, ...), (B, ...)
                 loss = task.loss(out, y)
                 if k > 0:  # PaRe: L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)
-                    loss_mix = (1 - lam) * task.loss(out_m, y) + lam * F.cross_entropy(out_ms.float(), y_s)  # PaRe: line 5
+                    loss_mix = (1 - lam) * task.loss(out_m, y) + lam * source_set.loss(out_ms, y_s)  # PaRe: line 5
                     loss = loss + args.mix_weight * loss_mix  # PaRe: line 6
                 (loss / window).backward()  # averaged over the window; the official codes sum
             if step_follows:

@@ -1,0 +1,46 @@
+"""Every method on every task, end to end on toy data; by default each task meets one method, `-m matrix` runs all pairs."""
+
+import importlib
+import json
+import math
+
+import pytest
+from conftest import METHODS
+
+import data
+
+TASKS = [*data.TASKS, "openml1510"]
+
+
+def run(method, task, tmp_path):
+    module = importlib.import_module(method)
+    large = task in ("psicov", "deepsea", "fsd50k")
+    options = dict(n_train=8, batch_size=4, accumulate=1) if large else dict(n_train=32, batch_size=16)
+    if method == "orca":
+        options |= dict(embedder_epochs=3, source_samples=40)
+    if method == "mona":
+        options |= dict(meta_epochs=1)
+    module.main(
+        module.Args(task=task, scale="tiny", data_dir=str(tmp_path / "none"), out_dir=str(tmp_path), epochs=4, **options)
+    )
+    (folder,) = [path.parent for path in tmp_path.glob("*/result.json")]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 4 and min(losses[1:]) < losses[0]
+    assert all(math.isfinite(value) for row in rows for value in row.values()) and math.isfinite(result["test"])
+    first_stage = [row for row in rows if "stage" in row]
+    assert len(first_stage) == {"orca": 3, "mona": 1}.get(method, 0)
+    assert result["task"] == task
+
+
+@pytest.mark.parametrize("number, task", enumerate(TASKS))
+def test_each_task_with_one_method(number, task, tmp_path):
+    run(METHODS[number % len(METHODS)], task, tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_task_with_each_method(method, task, tmp_path):
+    run(method, task, tmp_path)
