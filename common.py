@@ -898,6 +898,8 @@ class Run:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
+        if self.world > 1:
+            torch.distributed.barrier()  # nobody writes what a slower process would take for an earlier run
         processes = f", {self.world} processes" * (self.world > 1)
         print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
         return True

@@ -42,6 +42,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import common
 import pare
+from tools.reproduce import spread
 
 PICK_S, PICK_T = 10, 16  # which toy pictures
 SIDE, PATCH = 64, 8  # the picture in pixels, a patch: 8 x 8 patches
@@ -142,23 +143,26 @@ def probe(args):
     folder = Path(args.data_dir)
     train = data.subset(*data.read_cifar10(folder), 5000, seed=0)
     test = data.read_cifar(folder / "cifar-10-batches-py", ["test_batch"], "labels", 10)
-    print(f"Probe error on {len(test[1]):,} CIFAR-10 test images, features of {len(train[1]):,} training images\n")
-    print("| run | method | seed | target's test error, last epoch | probe error | pretrained |\n|---|---|---|---|---|---|")
-    before = {}  # backbone -> error
+    before, found = {}, {}  # backbone -> error; (task, method, backbone) -> [(target's error, probe error)] over seeds
     for name in args.runs:
         run = Path(name)
         if not (run / "result.json").exists():
             raise data.UserError(f"{run} holds no finished run (result.json).")
         result = json.loads((run / "result.json").read_text())
-        source = common.load_source(result["backbone"])
-        if result["backbone"] not in before:
-            before[result["backbone"]] = probe_error(source, source.encoder, train, test)
+        source = common.load_source(backbone := result["backbone"])
+        if backbone not in before:
+            before[backbone] = probe_error(source, source.encoder, train, test)
         net = torch.load(run / "last.pt", map_location="cpu", weights_only=True)["net"]
         net = {name.removeprefix("model."): value for name, value in net.items()}  # PaRe's net holds the model
         source.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in net.items() if k.startswith("encoder.")})
-        error = probe_error(source, source.encoder, train, test)
-        print(f"| {run} | {result['method']} | {result['seed']} | {result['test_last']:.4f} |",
-              f"{error:.4f} | {before[result['backbone']]:.4f} |", flush=True)  # fmt: skip
+        errors = result["test_last"], probe_error(source, source.encoder, train, test)
+        print(f"{run}: {errors[1]:.4f}", file=sys.stderr, flush=True)
+        found.setdefault((result["task"], result["method"], backbone), []).append(errors)
+    print(f"Probe error on {len(test[1]):,} CIFAR-10 test images, features of {len(train[1]):,} training images\n")
+    print("| task | method | target's test error, last epoch | probe error | pretrained | n |\n|---|---|---|---|---|---|")
+    for (task, method, backbone), errors in found.items():
+        target, left = (spread(column) for column in zip(*errors, strict=True))
+        print(f"| {task} | {method} | {target} | {left} | {before[backbone]:.4f} | {len(errors)} |")
 
 
 if __name__ == "__main__":
