@@ -1,5 +1,6 @@
 """The tools, on the smallest thing each can do."""
 
+import csv
 import io
 import json
 import pickle
@@ -31,14 +32,61 @@ def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, t
     assert source.encoder(source.embedder(torch.randn(2, 3, 64, 64))).shape == (2, 4, 64)
 
 
-def test_reproduce_skips_what_is_finished_and_prints_the_table(script, tmp_path):
-    command = ["tools/reproduce.py", "--methods", "probe", "--seeds", 2, "--options=--n-train 64 --epochs 1"]
+def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path):
+    command = [
+        "tools/reproduce.py",
+        "--methods",
+        "probe",
+        "naive-random",
+        "--seeds",
+        2,
+        "--n-train",
+        64,
+        "--options=--epochs 1",
+    ]
     table = script(*command, out=tmp_path)
-    files = sorted(tmp_path.glob("*/result.json"))
-    errors = [json.loads(file.read_text())["test"] for file in files]
-    assert len(files) == 2 and f"| probe | {np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f}" in table
+    files = sorted(tmp_path.glob("**/result.json"))
+    errors = {file.parent.parent.name: [] for file in files}
+    for file in files:
+        errors[file.parent.parent.name].append(json.loads(file.read_text())["test"])
+    assert [len(seeds) for seeds in errors.values()] == [2, 2] and "naive-random" in errors
+    for seeds in errors.values():
+        assert f"| {np.mean(seeds):.4f} ± {np.std(seeds, ddof=1):.4f} |" in table
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert sorted({row["method"] for row in rows}) == ["naive-random", "probe"] and len(rows) == 4
     before = [file.stat().st_mtime_ns for file in files]
     assert script(*command, out=tmp_path) == table and [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_reproduce_compares_methods_in_pairs(capsys):
+    from tools import reproduce
+
+    rows = [
+        {"task": task, "method": method, "seed": seed, "test": error, "test_last": error}
+        for task, scale in (("a", 1.0), ("b", 10.0))
+        for seed in range(4)
+        for method, error in (("naive", scale * (1 + 0.1 * seed)), ("pare", scale * (0.9 + 0.1 * seed)))
+    ]
+    reproduce.paired(rows)
+    line = capsys.readouterr().out.splitlines()[-1]  # always 0.1 better, of a mean of 1.15: 8 pairs of one sign, p = 2 / 2^8
+    assert line == "| pare | 2 | 8 | 8, 0 | -8.7 % | 0.0078 | -8.7 % | 0.0078 |"
+
+
+def test_a_reference_is_scored_like_a_method(script, tmp_path):
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    table = script("tools/reproduce.py", "--tasks", "openml1510", "--methods", "logistic", "--seeds", 1, out=tmp_path)
+    row = json.loads((tmp_path / "openml1510-logistic-s0/result.json").read_text())
+    loaded = data.load("openml1510", tmp_path, tmp_path, "tiny", 5000, 0)
+    x, y = loaded.train.inputs(slice(None)).flatten(1).numpy(), loaded.train.targets(slice(None)).numpy()
+    shift, scale = x.mean(0), x.std(0)
+    model = LogisticRegression(max_iter=2000).fit((x - shift) / scale, y)
+    x, y = loaded.test.inputs(slice(None)).flatten(1).numpy(), loaded.test.targets(slice(None)).numpy()
+    by_hand = 1 - roc_auc_score(y, model.predict_proba((x - shift) / scale)[:, 1])
+    assert row["test"] == pytest.approx(by_hand, abs=1e-3) and f"| logistic | {row['test']:.4f}" in table
+    assert len(load_breast_cancer().target) == len(loaded.train) + len(loaded.val) + len(loaded.test)
 
 
 def test_the_operator_that_the_bench_compares_with_makes_the_same_hard_choice():

@@ -1,81 +1,245 @@
-"""Methods x seeds on one task: runs what is missing, resumes what was killed, prints the table of mean ± standard deviation.
+"""Tasks x methods x seeds: runs what is missing, resumes what was killed, writes results.csv and the tables.
 
-python tools/reproduce.py --methods pare naive scratch --seeds 3 --data-dir datasets
-python tools/reproduce.py --out-dir runs/random --options="--init random"
+python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
+python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
+
+A method is a file, a mode of finetune.py, a variant of one of them (METHODS below), or a reference from scikit-learn.
 """
 
+import contextlib
+import csv
+import itertools
 import json
 import os
+import queue
 import shlex
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 
-MODES = ("naive", "scratch", "frozen", "warmup", "probe")  # of finetune.py; every other method is a file
+METHODS = {
+    "pare": "pare.py",
+    "orca": "orca.py",
+    "mona": "mona.py",
+    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
+    "pare-released": "pare.py --as-released",
+    "orca-released": "orca.py --as-released",
+    "pare-random": "pare.py --init random",
+    "orca-random": "orca.py --init random",
+    "mona-random": "mona.py --init random",
+    "naive-random": "finetune.py --mode naive --init random",
+    "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: as many samples through the encoder as PaRe in 12
+}
+REFERENCES = ("boosting", "logistic")  # scikit-learn, on the raw values of the same training samples; for classes
+COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
+           "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
+
+# Published at full scale: ORCA, MoNA and PaRe papers. 0-1 errors of cifar100, spherical, ninapro and satellite as shares.
+PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
+PUBLISHED = {
+    "cifar100": (0.0767, 0.0653, 0.0648, 0.0625), "spherical": (0.5526, 0.2985, 0.2713, 0.2555),
+    "darcy": (0.00734, 0.00728, 0.0068, 0.007), "psicov": (1.92, 1.91, 0.99, 0.99), "cosmic": (0.17, 0.152, 0.121, 0.121),
+    "ninapro": (0.0835, 0.0754, 0.0728, 0.0653), "fsd50k": (0.63, 0.56, 0.55, 0.55), "ecg": (0.44, 0.28, 0.27, 0.28),
+    "satellite": (0.1386, 0.1159, 0.1113, 0.1118), "deepsea": (0.51, 0.29, 0.28, 0.28),
+    "advection1d": (None, 0.0098, 0.0088, 0.0027), "burgers1d": (None, 0.012, 0.0114, 0.0083),
+    "diffusion_reaction1d": (None, 0.003, 0.0028, 0.0026), "diffusion_sorption1d": (None, 0.0016, 0.0016, 0.0016),
+    "navier_stokes1d": (None, 0.062, 0.054, 0.0662), "darcy2d": (None, 0.081, 0.079, 0.0806),
+    "shallow_water2d": (None, 0.006, 0.0057, 0.0057), "diffusion_reaction2d": (None, 0.82, 0.818, 0.818),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Args:
-    task: str = "spherical"
-    """one of `python data.py`"""
-    methods: tuple[str, ...] = ("pare", *MODES)
-    """method files and modes of finetune.py"""
+    tasks: tuple[str, ...] = ("spherical",)
+    """of `python data.py`"""
+    methods: tuple[str, ...] = ("pare", "orca", "mona", "naive", "warmup", "frozen", "scratch")
+    """see METHODS and REFERENCES in this file"""
     seeds: int = 3
-    """seeds 0, 1, ..., each a run of its own"""
+    """seeds 0, 1, ..., each a run of its own. 0: only the tables of what there is"""
+    n_train: int | None = None
+    """training samples used by every run"""
     scale: str = "tiny"
     """tiny, full or auto"""
     data_dir: str = "datasets"
     """where the official files lie"""
     out_dir: str = "runs"
-    """give every choice of options its own folder"""
+    """a variant's runs lie in a folder of its name in here. Give every choice of options an --out-dir of its own"""
     options: str = ""
     """more options, handed to every run as they are"""
     jobs: int = 2
-    """runs at a time; the CPU cores are shared out evenly among them"""
+    """runs at a time: they share the CPU cores evenly, and take the GPUs in turn"""
 
 
-def run(args, method, seed):
-    """One run as a subprocess; its result, or None if it failed. A finished run is not repeated."""
-    name = ["finetune.py", "--mode", method] if method in MODES else [f"{method}.py"]
-    command = [sys.executable, str(ROOT / name[0]), *name[1:], "--task", args.task, "--scale", args.scale, "--seed", str(seed)]
-    command += ["--data-dir", args.data_dir, "--out-dir", args.out_dir, "--resume", *shlex.split(args.options)]
+def folder(out_dir, method):
+    """Where the runs of a method lie: variants have a folder of their own, since a run's name says only file or mode."""
+    return Path(out_dir) / method if "-" in method else Path(out_dir)
+
+
+def start(args, task, method, seed, device):
+    """One run as a subprocess, unless it is finished. Returns whether it succeeded."""
+    out, name = folder(args.out_dir, method), METHODS[method].split()
+    mode = name[2] if name[0] == "finetune.py" else name[0].removesuffix(".py")
+    for file in out.glob(f"{task}-{mode}-*-s{seed}/result.json"):  # toys are asked: real data may be there by now
+        if args.scale in ("auto", json.loads(file.read_text())["scale"]):
+            return True
+    command = [sys.executable, str(ROOT / name[0]), *name[1:]]
+    command += ["--task", task, "--scale", args.scale, "--seed", str(seed), "--data-dir", args.data_dir, "--out-dir", str(out)]
+    command += ["--resume", *(["--n-train", str(args.n_train)] if args.n_train else []), *shlex.split(args.options)]
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": threads} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(f"{shlex.join(command)}\n{done.stderr}", file=sys.stderr)
-        return None
-    said = next(line for line in reversed(done.stdout.splitlines()) if line.endswith("result.json"))
-    result = json.loads(Path(said.split(": ")[-1]).read_text())
-    print(f"{method:8} seed {seed}  test {result['test']:.4f}  {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-    return result
+        return False
+    print(f"{task} {method} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return True
+
+
+def refer(args, task, method, seed):
+    """A reference of scikit-learn on the same split: gradient boosting, or logistic regression on standardised values."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    out = Path(args.out_dir) / f"{task}-{method}-s{seed}"
+    if (out / "result.json").exists():
+        return True
+    began, n = time.perf_counter(), args.n_train or (data.TINY.n_train if args.scale == "tiny" else None)
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
+    if loaded.task.target != "class":
+        raise data.UserError(f"{method} is a reference for classes; {task} has none.\nLeave it out of --methods.")
+    (x, y), (x_test, y_test) = (
+        (part.inputs(slice(None)).flatten(1).numpy(), part.targets(slice(None)).numpy()) for part in (loaded.train, loaded.test)
+    )
+    logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    model = HistGradientBoostingClassifier(random_state=seed) if method == "boosting" else logistic
+    scores = np.log(model.fit(x, y).predict_proba(x_test) + 1e-12)  # (n, K): the metric takes logits
+    error = float(loaded.task.score(scores, y_test))
+    row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
+           "data": loaded.train.kind, "scale": args.scale, "n_train": len(y),
+           "seconds": time.perf_counter() - began}  # fmt: skip
+    out.mkdir(parents=True)
+    (out / "result.json").write_text(json.dumps(row))
+    return True
+
+
+def collect(out_dir):
+    """A row for each finished run below `out_dir`, as in results.csv."""
+    rows = []
+    for file in sorted(Path(out_dir).glob("**/result.json")):
+        row, variant = json.loads(file.read_text()), file.parent.parent.name
+        rows.append(
+            {name: row.get(name) for name in COLUMNS} | ({"method": variant} if "-" in variant and variant in METHODS else {})
+        )
+    return rows
 
 
 def spread(values):
+    """Mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
-def main(args):
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {m: [pool.submit(run, args, m, seed) for seed in range(args.seeds)] for m in args.methods}
-        results = {m: [f.result() for f in futures if f.result() is not None] for m, futures in waiting.items()}
-    print("| method | test, epoch best on validation | test, last epoch | n | data | epochs | training samples | minutes |")
+def of(rows, **wanted):
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def table(rows, task):
+    """One task in Markdown: test error of the epoch best on validation, and of the last one, mean ± standard deviation."""
+    first = of(rows, task=task)[0]
+    print(f"\n{task}: {first['data']} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
+    print("| method | test, epoch best on validation | test, last epoch | n | epochs | minutes | published, full scale |")
+    print("|---|---|---|---|---|---|---|")
+    for method in (*METHODS, *REFERENCES):
+        if runs := of(rows, task=task, method=method):
+            best, last = (spread([row[which] for row in runs]) for which in ("test", "test_last"))
+            known = dict(zip(PUBLISHED_METHODS, PUBLISHED.get(task, ()), strict=False)).get(method)
+            print(f"| {method} | {best} | {last} | {len(runs)} | {runs[0]['epochs'] or ''} |",
+                  f"{statistics.mean(row['seconds'] for row in runs) / 60:.1f} | {known or ''} |")  # fmt: skip
+
+
+def paired(rows, base="naive"):
+    """Every method against `base`, paired by task and seed (the same data): is the difference more than chance?
+
+    A pair's difference is divided by the base's mean error on the task. p: Wilcoxon's signed-rank test over the pairs, which
+    takes seeds of one task for independent; the column of tasks says how many there really are.
+    """
+    from scipy.stats import wilcoxon
+
+    print(f"\n| method against {base} | tasks | pairs | better, worse | median difference, best epoch | p | last epoch | p |")
     print("|---|---|---|---|---|---|---|---|")
-    for method, rows in results.items():
-        if rows:
-            first, minutes = rows[0], statistics.mean(row["seconds"] for row in rows) / 60
-            best, last = (spread([row[which] for row in rows]) for which in ("test", "test_last"))
-            print(f"| {method} | {best} | {last} | {len(rows)} |",
-                  f"{first['data']} | {first['epochs']} | {first['n_train']:,} | {minutes:.1f} |")  # fmt: skip
-    if any(len(rows) < args.seeds for rows in results.values()):
-        raise data.UserError("some runs failed; the same command tries them again.")
+    for method in (*METHODS, *REFERENCES):
+        cells = []
+        for which in ("test", "test_last"):
+            differences, tasks = [], set()
+            for task in {row["task"] for row in rows}:
+                ours, theirs = ({r["seed"]: r[which] for r in of(rows, task=task, method=m)} for m in (method, base))
+                unit = statistics.mean(theirs.values()) if theirs else 0
+                if unit > 0 and (pairs := ours.keys() & theirs.keys()):
+                    tasks.add(task)
+                    differences += [(ours[seed] - theirs[seed]) / unit for seed in pairs]
+            if method == base or len(differences) < 2:
+                break
+            p = wilcoxon(differences).pvalue if any(differences) else 1.0
+            cells += [f"{100 * statistics.median(differences):+.1f} %", f"{p:.2g}"]
+            if which == "test":
+                won = f"{sum(d < 0 for d in differences)}, {sum(d > 0 for d in differences)}"
+                head = f"| {method} | {len(tasks)} | {len(differences)} | {won} |"
+        else:
+            print(head, " | ".join(cells), "|")
+
+
+def main(args):
+    for task in args.tasks:
+        data.find_task(task)
+    if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
+        raise data.UserError(f"there is no method {unknown[0]!r}; there are {', '.join((*METHODS, *REFERENCES))}.")
+    import torch
+
+    devices = queue.SimpleQueue()  # GPUs that are free
+    gpus = torch.cuda.device_count()
+    for slot in range(args.jobs):
+        devices.put(slot % gpus if gpus else None)
+
+    def run(task, method, seed):
+        device = devices.get()
+        try:
+            return refer(args, task, method, seed) if method in REFERENCES else start(args, task, method, seed, device)
+        finally:
+            devices.put(device)
+
+    for out in {folder(args.out_dir, method) for method in args.methods} - {Path(args.out_dir)}:  # prepared data are shared
+        out.mkdir(parents=True, exist_ok=True)
+        (Path(args.out_dir) / "cache").mkdir(exist_ok=True)
+        if not (out / "cache").exists():
+            (out / "cache").symlink_to(Path("..") / "cache")
+    wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # one seed of everything first
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
+    rows = [row for row in collect(args.out_dir) if row["task"] in args.tasks]
+    if rows:
+        with (Path(args.out_dir) / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        for task in dict.fromkeys(row["task"] for row in rows):
+            table(rows, task)
+        paired(rows)
+    if not all(done):
+        raise data.UserError(f"{done.count(False)} of {len(done)} runs failed; the same command tries them again.")
 
 
 if __name__ == "__main__":
