@@ -42,12 +42,12 @@ def centres(n, begin=0.0, end=1.0, device="cpu"):
 
 
 def graded(t, steps, power=2):
-    """Lengths of time steps that grow like i^(power - 1): the beginning, where rough data become smooth, is resolved. [steps]"""
+    """Lengths of time steps, which grow like i^(power - 1): small in the beginning, where rough data become smooth. [steps]"""
     return [t * (((i + 1) / steps) ** power - (i / steps) ** power) for i in range(steps)]
 
 
 def tridiagonal(a, b, c, d):
-    """Solve a_i x_{i-1} + b_i x_i + c_i x_{i+1} = d_i, all (n, B), n a power of two, indices modulo n: periodic, or a_0 = c_n = 0.
+    """Solve a_i x_{i-1} + b_i x_i + c_i x_{i+1} = d_i, all (n, B), n a power of 2, i modulo n: periodic, or a_0 = c_{n-1} = 0.
 
     Cyclic reduction (Hockney 1965): each equation of even number takes up its two odd neighbours, which leaves a system of half
     the size. 2 log2 n rounds of batched work instead of the 2 n of elimination in sequence; for diagonally dominant systems.
@@ -72,10 +72,10 @@ def interpolate(x, at, values, length):
 
 
 def cosines(n, device="cpu"):
-    """Eigenvectors of the second difference on n cells between no-flux walls, orthonormal, in rows (n, n), and eigenvalues (n,).
+    """Eigenvectors of the second difference on n cells between no-flux walls, as rows (n, n), and eigenvalues (n,).
 
-    c_ki ~ cos(pi k (i + 1/2) / n), k = 0..n - 1; (c_k,i+1 - 2 c_ki + c_k,i-1) n^2 = -4 n^2 sin^2(pi k / 2n) c_ki. Products with
-    this matrix are the cosine transform (DCT-II): at these sizes as quick as a fast one, which torch lacks.
+    c_ki ~ cos(pi k (i + 1/2) / n), k = 0..n - 1, orthonormal; (c_k,i+1 - 2 c_ki + c_k,i-1) n^2 = -4 n^2 sin^2(pi k / 2n) c_ki.
+    Products with this matrix are the cosine transform (DCT-II), which torch lacks.
     """
     k = torch.arange(n, dtype=torch.float64, device=device)
     basis = torch.cos(math.pi * k[:, None] * (k + 0.5) / n) * math.sqrt(2 / n)
@@ -179,7 +179,7 @@ GAMMA = 5 / 3  # ratio of specific heats
 
 
 def gas(mass, x, v, p, t, viscosity, length, steps):
-    """Compressible flow in the coordinates of the gas: cells of constant mass (n, B), whose left faces x (n, B) move with v (n, B).
+    """Compressible flow in the coordinates of the gas: cells of constant mass, whose left faces x move with v; all (n, B).
 
         x_t = v,   v_t = (s - p)_m,   e_t = (s - p) v_m,   s = nu rho^2 v_m,   e = p / ((g - 1) rho),   m the mass coordinate
 
@@ -206,8 +206,8 @@ def gas(mass, x, v, p, t, viscosity, length, steps):
         stiffness = friction + dt / 2 * GAMMA * p * mass / width  # stress = stiffness v_m - p_known
         coupling = stiffness / mass
         inertia, before = 2 / dt * at_face, coupling.roll(1, 0)
-        force = p_known.roll(1, 0) - p_known
-        middle = tridiagonal(-before, inertia + before + coupling, -coupling, inertia * v + force)  # v in the middle of the step
+        push = inertia * v + p_known.roll(1, 0) - p_known
+        middle = tridiagonal(-before, inertia + before + coupling, -coupling, push)  # v in the middle of the step
         change = (middle.roll(-1, 0) - middle) / mass
         e = e + dt * (stiffness * change - p_known) * change
         x, v = x + dt * middle, 2 * middle - v
@@ -217,12 +217,13 @@ def gas(mass, x, v, p, t, viscosity, length, steps):
 
 
 def compressible(density, pressure, velocity, t, viscosity, begin=-1.0, end=1.0, steps=300):
-    """The same in fixed coordinates: rho_t + (rho v)_x = 0, (rho v)_t + (rho v^2 + p - s)_x = 0, s = nu rho v_x, and the energy's
+    """The same in fixed coordinates: three fields (B, n) at the cells' centres -> the same a time t later. Periodic, g = 5/3.
 
-        (p / (g - 1) + rho v^2 / 2)_t + ((g p / (g - 1) + rho v^2 / 2 - s) v)_x = 0,   periodic, g = 5/3.
+        rho_t + (rho v)_x = 0,   (rho v)_t + (rho v^2 + p - s)_x = 0,   s = nu rho v_x,
+        (p / (g - 1) + rho v^2 / 2)_t + ((g p / (g - 1) + rho v^2 / 2 - s) v)_x = 0
 
-    nu (viscosity) is the sum zeta + 4/3 eta. Three fields (B, n) at the cells' centres -> the same, a time t later; read off the
-    moved cells by linear interpolation. For flows whose shocks the viscosity resolves: they are about nu / |jump of v| wide.
+    nu (viscosity) is zeta + 4/3 eta. The moved cells are read by linear interpolation, order 2. For flows whose shocks the
+    viscosity resolves: they are about nu / |jump of v| wide.
     """
     n, length = density.shape[1], end - begin
     places = centres(n, begin, end, density.device)
@@ -242,9 +243,10 @@ def compressible(density, pressure, velocity, t, viscosity, begin=-1.0, end=1.0,
 def darcy(a, force, tolerance=1e-7):
     """-div(a grad u) = force on the unit square, u = 0 at the walls. a (B, n, n) > 0 in the cells -> u (B, n, n)
 
-    Finite volumes: the flux between two cells has the harmonic mean of their a, which is right where a jumps. Order 2 where a is
-    smooth. Conjugate gradients, preconditioned by the Laplacian, which sine transforms invert: the number of iterations depends
-    on the contrast max a / min a only (about 13 for 4, 19 for 10), not on the grid. Ends at |residual| < tolerance |force|.
+    Finite volumes: the flux between two cells has the harmonic mean of their a, which is right where a jumps. Order 2 where a
+    is smooth. Conjugate gradients, preconditioned by the Laplacian, which sine transforms invert: the number of iterations
+    depends on the contrast max a / min a only (about 13 for 4, 19 for 10), not on the grid. Ends at
+    |residual| < tolerance |force|.
     """
     n = a.shape[-1]
     basis, eigenvalues = sines(n, a.device)
@@ -254,7 +256,8 @@ def darcy(a, force, tolerance=1e-7):
     columns[:, :, [0, -1]], rows[:, [0, -1]] = 2 * a[:, :, [0, -1]], 2 * a[:, [0, -1]]  # a wall is half a cell away
 
     def apply(u):
-        return -(n**2) * ((columns * pad(u, (1, 1)).diff(dim=2)).diff(dim=2) + (rows * pad(u, (0, 0, 1, 1)).diff(dim=1)).diff(dim=1))
+        across, down = columns * pad(u, (1, 1)).diff(dim=2), rows * pad(u, (0, 0, 1, 1)).diff(dim=1)  # minus the flux, times h
+        return -(n**2) * (across.diff(dim=2) + down.diff(dim=1))
 
     def precondition(r):
         return basis.T @ (inverse * (basis @ r @ basis.T)) @ basis
@@ -262,7 +265,7 @@ def darcy(a, force, tolerance=1e-7):
     def dot(v, w):
         return (v * w).sum((1, 2), keepdim=True)
 
-    u, r = torch.zeros_like(a), torch.full_like(a, force)
+    u, r = torch.zeros_like(a), force * torch.ones_like(a)
     enough = tolerance**2 * dot(r, r)
     z = direction = precondition(r)
     size = dot(r, z)
@@ -279,11 +282,11 @@ def darcy(a, force, tolerance=1e-7):
 def shallow_water(h, t, size, radial=True, g=1.0):
     """Water at rest let go, around r = 0 or, with radial=False, along a line. Heights h (B, n) of cells on (0, size) -> (B, n)
 
-        (r h)_t + (r q)_r = 0,   (r q)_t + (r (q v + g h^2 / 2))_r = g h^2 / 2,   q = h v     (a line: r = 1, no right-hand side)
+        (r h)_t + (r q)_r = 0,   (r q)_t + (r (q v + g h^2 / 2))_r = g h^2 / 2,   q = h v    (a line: r = 1, no right-hand side)
 
-    A round dam break stays round until it meets a wall, so one dimension holds all of it, finer than a plane grid could. Finite
-    volumes: slopes of h and v limited by van Leer's (1977) mean, fluxes by Harten, Lax and van Leer (HLL, 1983), Heun's two stages
-    (a strong-stability-preserving method): order 2 where smooth, 1 at a shock. Water leaves at the ends.
+    A round dam break stays round until it meets a wall, so one dimension holds all of it, finer than a plane grid could.
+    Finite volumes: slopes of h and v limited by van Leer's (1977) mean, fluxes by Harten, Lax and van Leer (HLL, 1983), Heun's
+    two stages (a strong-stability-preserving method): order 2 where smooth, 1 at a shock. Water leaves at the ends.
     """
     n = h.shape[1]
     width, q = size / n, torch.zeros_like(h)
@@ -318,11 +321,11 @@ def shallow_water(h, t, size, radial=True, g=1.0):
 
 
 def fitzhugh_nagumo(u, v, t, size=2.0, d_u=1e-3, d_v=5e-3, k=5e-3, steps=80):
-    """u_t = D_u lap u + u - u^3 - k - v,   v_t = D_v lap v + u - v   on a square of side `size`, no flux at the walls. (B, n, n)
+    """u_t = D_u lap u + u - u^3 - k - v,   v_t = D_v lap v + u - v   in a square, no flux at its walls. u, v (B, n, n)
 
     lap is the five-point difference, as in the benchmark: its initial noise lives on the cells, so the grid is a part of the
     problem. Strang's splitting, order 2, into three flows that are solved exactly:
-        u' = -k          u' = -u^3:   u <- u / sqrt(1 + 2 u^2 dt)          the linear rest: for each pair of cosines a 2 x 2 system.
+        u' = -k        u' = -u^3:   u <- u / sqrt(1 + 2 u^2 dt)        the linear rest: for each pair of cosines a 2 x 2 system.
     """
     n = u.shape[-1]
     basis, eigenvalues = cosines(n, u.device)
@@ -351,13 +354,13 @@ def fitzhugh_nagumo(u, v, t, size=2.0, d_u=1e-3, d_v=5e-3, k=5e-3, steps=80):
 
 
 def waves(rng, n, modes, length=1.0, windowed=0.1, device="cpu"):
-    """n random functions u(x), as one function (m,) -> (n, m):   u = +-sum_j A_j sin(2 pi j c_j x / length + phi_j), j = 1..modes.
+    """n random functions as one, (m,) -> (n, m):   u(x) = +-sum_j A_j sin(2 pi j c_j x / length + phi_j),   j = 1..modes.
 
-    Two j are drawn with replacement; c_j = 0, 1, 2 says how often, so a wave that was not drawn is a constant, which gives most
-    functions a mean, and one drawn twice has twice the wave number (the benchmark's generator does so, its paper does not). A in
-    (0, 1). With probability 0.1 the absolute value is taken, and with probability `windowed` all but a part from
-    0.1..0.45 to 0.55..0.9 becomes 0, with edges 0.01 wide. All draws are independent (the benchmark uses some keys twice), and
-    the waves fit the length (the benchmark's miss it by a cell).
+    Two j are drawn with replacement; c_j = 0, 1, 2 says how often, so a wave that was not drawn is a constant, which gives
+    most functions a mean, and one drawn twice has twice the wave number (the benchmark's generator does so, its paper does
+    not). A in (0, 1). With probability 0.1 the absolute value is taken, and with probability `windowed` all but a part from
+    0.1..0.45 to 0.55..0.9 becomes 0, with edges 0.01 wide. All draws are independent (the benchmark uses some keys twice),
+    and the waves fit the length (the benchmark's miss it by a cell).
     """
     drawn = rng.integers(1, modes + 1, (n, 2))
     count = (drawn[:, :, None] == np.arange(1, modes + 1)).sum(1)  # c (n, modes)
@@ -437,8 +440,11 @@ def darcy_nas(rng, B, n, device, released, test):
     return a, darcy(a, 1.0)
 
 
+BELLS = 1.8521453  # the mean sum, 5 E_s[g^2], where g = sqrt(pi s) erf(1 / sqrt s) - s (1 - exp(-1 / s)) is that of a bell in x
+
+
 def darcy2d(rng, B, n, device, released, test):
-    """PDEBench's: a = 1 where a sum of five bells exp(-r^2 / s), s uniform in (0, 0.5), lies above its mean, else 0.1; force 0.1.
+    """PDEBench's: a = 1 where five bells exp(-r^2 / s), s uniform in (0, 0.5), exceed their mean sum, else 0.1; force 0.1.
 
     The mean is the expected one: the benchmark takes that of 200 samples, so that a sample depends on its neighbours. The
     true solution: the benchmark stops a relaxation at t = 1.75, where much of its random start is still there.
@@ -449,9 +455,6 @@ def darcy2d(rng, B, n, device, released, test):
     field = rows.transpose(1, 2) @ columns  # (B, n, n)
     a = torch.where(field > BELLS, 1.0, 0.1).to(field.dtype)
     return a, darcy(a, 0.1)
-
-
-BELLS = 1.8521453  # expected sum: 5 E_s[g^2], g = sqrt(pi s) erf(1 / sqrt s) - s (1 - exp(-1 / s)) the mean of exp(-(x - c)^2 / s)
 
 
 def shallow_water2d(rng, B, n, device, released, test):

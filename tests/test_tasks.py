@@ -904,9 +904,10 @@ def test_unknown_tables_and_tasks():
 
 
 @pytest.mark.parametrize("name", [*data.TASKS, "openml31"])
-def test_toys_look_like_their_task(name, tmp_path, capsys):
+def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys):
     loaded = data.load(name, tmp_path, tmp_path, "tiny", n_train=40)
-    assert loaded.train.kind == "toy" and "TOY DATA" in capsys.readouterr().out
+    kind, said = ("simulated", "SIMULATED") if loaded.task.simulate else ("toy", "TOY DATA")
+    assert loaded.train.kind == kind and said in capsys.readouterr().out
     task, train = loaded.task, loaded.train
     x, y = next(train.batches(1, 8, 0, 0))
     assert x.shape == (8, *task.shape) and x.isfinite().all() and x.dtype == torch.float32
