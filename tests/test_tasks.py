@@ -553,6 +553,15 @@ def test_pde_mult_files_have_one_target_time_in_training_and_test(tmp_path, task
     assert (loaded.test.y.flatten(1)[:, 0].numpy() == 1000 * np.array([18, 19]) + 100 + 0.5 * channel).all()
 
 
+@pytest.mark.parametrize("task", ["diffusion_reaction1d", *MULT])
+def test_as_released_the_test_set_of_an_official_file_has_another_target_time(tmp_path, task):
+    write_pde(task, tmp_path)
+    ours, released = full(task, tmp_path), full(task, tmp_path, as_released=True)
+    late = 99 - (29 if task == "diffusion_reaction1d" else 100)  # snapshots, each worth 1 in these files
+    assert torch.allclose(released.test.y, ours.test.y + late) and torch.equal(released.test.x, ours.test.x)
+    assert torch.equal(released.train.y, ours.train.y) and torch.equal(released.val.y, ours.val.y)
+
+
 def test_darcy2d_predicts_the_solution_from_the_coefficient(tmp_path):
     path = write_pde("darcy2d", tmp_path)
     x, y = dev(full("darcy2d", tmp_path))
