@@ -4,9 +4,9 @@
     python data.py --prepare spherical   fetch what the task and its source need (checksum, resumes a broken download)
 
 A run reads --data-dir and writes only under --out-dir. Where its data come from is never hidden (result.json, "data"):
-"official" the benchmark's own files; "simulated" made here by the benchmark's procedure (spherical: real CIFAR-100
-images, projected by us); "sklearn" scikit-learn's copy of an OpenML table; "toy" a generated stand-in of the same shape, at
-the tiny scale only.
+"official" the benchmark's own files; "simulated" made here by the benchmark's procedure (PDEs: solved by pde.py; spherical:
+real CIFAR-100 images, projected by us); "sklearn" scikit-learn's copy of an OpenML table; "toy" a generated stand-in of the
+same shape, at the tiny scale only.
 
 Shapes: n samples, B batch, C channels, H W L sizes, K classes. torch is imported where it is used, so that `--help` answers
 at once.
@@ -312,15 +312,20 @@ def save_array(path, array):
     unfinished.replace(path)
 
 
-def kept(cache, name, file, make):
-    """The two arrays that `make()` reads from a large `file`, kept under `cache`: it is gone through once. Mapped."""
-    key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-    paths = [cache / f"{name}-{key}-{part}.npy" for part in ("x", "y")]
+def kept(cache, name, what, make):
+    """The two arrays of `make()`, which takes long, kept under `cache`: it runs once, and says `what` it does. Mapped."""
+    paths = [cache / f"{name}-{part}.npy" for part in ("x", "y")]
     if not all(path.exists() for path in paths):
-        print(f"reading {file}, once; what is needed of it is kept in {cache}")
+        print(f"{what}, once; kept in {cache}")
         for path, array in zip(paths, make(), strict=True):
             save_array(path, array)
     return tuple(np.load(path, mmap_mode="r") for path in paths)
+
+
+def kept_of_file(cache, name, file, make):
+    """The two arrays that `make()` reads from a large `file`, kept: it is gone through once, and again if it has changed."""
+    key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    return kept(cache, f"{name}-{key}", f"reading what is needed of {file}", make)
 
 
 def read_npy(path, shape=None):
@@ -764,17 +769,23 @@ def read_darcy(data_dir, cache):
     for name, n in (("smooth1", 1000), ("smooth2", 100)):
         path = locate(data_dir, f"piececonst_r421_N1024_{name}.mat")
         make = functools.partial(lambda path, n: [read_mat(path, array, 5)[:n] for array in ("coeff", "sol")], path, n)
-        splits.append(kept(cache, f"darcy-{name}", path, make))
+        splits.append(kept_of_file(cache, f"darcy-{name}", path, make))
         check_shape(path, splits[-1][0], (None, 85, 85))
-    (a, u), (a_test, u_test) = splits
+    train, test, changes = darcy_fields(*splits)
+    return train, test, "official", changes
+
+
+def darcy_fields(train, test):
+    """Raw fields (n, 85, 85) -> what `read_darcy` returns, but for the kind."""
+    (a, u), (a_test, u_test) = train, test
     mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5  # (85, 85)
-    y, x = np.meshgrid(*2 * [np.linspace(0, 1, 85, dtype=np.float32)], indexing="ij")  # x grows along the columns
+    y, x = np.meshgrid(*2 * [np.linspace(0, 1, a.shape[1], dtype=np.float32)], indexing="ij")  # x grows along the columns
 
     def channels(a):
         return np.stack([(a - mean) / std, *(np.broadcast_to(grid, a.shape) for grid in (x, y))], axis=1)  # (n, 3, 85, 85)
 
     loss = functools.partial(relative_l2, mean=u.mean(0), std=u.std(0, ddof=1) + 1e-5)
-    return (channels(a), u), (channels(a_test), u_test), "official", {"loss": loss, "score": score_of(loss)}
+    return (channels(a), u), (channels(a_test), u_test), {"loss": loss, "score": score_of(loss)}
 
 
 PAD, SIDE, FAR = 5, 512, 16.0  # psicov: margin and side of the maps in residues, largest distance told apart in Angstrom
@@ -860,12 +871,13 @@ def read_cosmic(data_dir, cache):
     return *splits, "official"
 
 
-def read_pde(data_dir, cache, file, x, y, every=1, normalise=False):
+def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False):
     """The first and one later snapshot of a PDEBench file, and nothing else of it: x (n, 1, ...), y (n, 1, L) or (n, H, W).
 
     Args:
         x, y: fields as (name of the array, number of the snapshot), several are laid end to end. With "data", which lies in
             one group a sample: ("data", snapshot, channel). Arrays without time: snapshot None.
+        y_test: the targets of the test set if they are others, as in the official code.
         every: 4 keeps each fourth point of space.
         normalise: by mean and standard deviation (+ 1e-5) of the training inputs at each point, inputs and targets alike.
     Layouts: one array a field (samples, time, space): the first tenth is the test set. One group a sample, (time, space,
@@ -888,20 +900,72 @@ def read_pde(data_dir, cache, file, x, y, every=1, normalise=False):
         space = (slice(None, None, every),) * (field.ndim - 1)
         return np.float32(field[:, *space])
 
+    def parts(n):
+        tenth = n // 10
+        return (slice(-tenth, None), slice(-tenth)) if len(x[0]) == 3 else (slice(tenth), slice(tenth, None))
+
     def make():
         with reading(path, "HDF5 file"), h5py.File(path) as h5:
-            return [np.concatenate([snapshot(h5, *f) for f in fields], axis=-1) for fields in (x, y)]
+            both = [np.concatenate([snapshot(h5, *f) for f in fields], axis=-1) for fields in (x, y)]
+            if y_test:
+                test, _ = parts(len(both[1]))
+                both[1][test] = np.concatenate([snapshot(h5, *f) for f in y_test], axis=-1)[test]
+            return both
 
-    x_all, y_all = kept(cache, Path(file).stem, path, make)
-    groups, tenth = len(x[0]) == 3, len(x_all) // 10
-    test, train = (slice(-tenth, None), slice(-tenth)) if groups else (slice(tenth), slice(tenth, None))
-    if tenth == 0:
+    x_all, y_all = kept_of_file(cache, Path(file).stem + "-released" * bool(y_test), path, make)
+    if len(x_all) < 10:
         raise UserError(f"{path} has {len(x_all)} samples; ten are needed for a training and a test set.")
+    test, train = parts(len(x_all))
+    train, test, changes = pde_fields((x_all[train], y_all[train]), (x_all[test], y_all[test]), normalise)
+    return train, test, "official", changes
+
+
+def pde_fields(train, test, normalise=False):
+    """Raw fields (n, L) or (n, H, W) -> x (n, 1, ...), y (n, 1, L) or (n, H, W) of training and test set; no changes."""
     if normalise:
-        mean, std = x_all[train].mean(0), x_all[train].std(0, ddof=1) + 1e-5
-        x_all, y_all = (x_all - mean) / std, (y_all - mean) / std
-    y_all = y_all[:, None] if y_all.ndim == 2 else y_all  # (n, L) -> (n, 1, L)
-    return (x_all[train][:, None], y_all[train]), (x_all[test][:, None], y_all[test]), "official"
+        mean, std = train[0].mean(0), train[0].std(0, ddof=1) + 1e-5
+        train, test = (tuple((part - mean) / std for part in split) for split in (train, test))
+    train, test = ((x[:, None], y[:, None] if y.ndim == 2 else y) for x, y in (train, test))
+    return train, test, {}
+
+
+def simulate(name, finish, cache, scale, n_train, as_released, device):
+    """Training and test set of a PDE task, solved by pde.py and kept under `cache` as two float32 arrays each.
+
+    Full scale: as many solutions as the official files have. Tiny: a coarser grid (the task's shape changes), at most 1000 for
+    training and validation and 200 for test; if n_train asks for fewer, only as many are solved, and no more for test.
+
+    Args:
+        name: of pde.SETS.
+        finish: raw fields -> prepared ones and what of the task they change; the same as for the official files.
+    Returns: as a task's `read`. A run that is killed meanwhile loses the set it was at.
+    """
+    from tqdm import tqdm
+
+    import pde
+
+    of = pde.SETS[name]
+    counts, n, every = dict(zip(("train", "test"), of.samples, strict=True)), of.n, of.every
+    if scale == "tiny":
+        n, every = of.tiny, 1
+        train = min(SIMULATED_TRAIN, counts["train"], n_train + n_train // 9 + 1 if n_train else SIMULATED_TRAIN)
+        counts = {"train": train, "test": min(SIMULATED_TEST, counts["test"], train)}
+
+    def make(split):
+        pieces, bar = [], tqdm(total=counts[split], desc=f"{name}, {split}", unit="solution", leave=False)
+        for piece in pde.simulate(name, counts[split], n, every, split == "test", as_released, device):
+            pieces.append(piece)
+            bar.update(len(piece[0]))
+        bar.close()
+        return [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
+
+    splits = []
+    for split, count in counts.items():
+        key = f"{name}-{split}-{count}-of-{n}-cells{'-released' * as_released}-v{pde.VERSION}"
+        what = f"solving {name}: {count:,} samples on {n} cells for {split}"
+        splits.append(kept(cache, key, what, functools.partial(make, split)))
+    train, test, changes = finish(*splits)
+    return train, test, "simulated", {"shape": train[0].shape[1:], "output": train[1].shape[1:]} | changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1518,7 +1582,7 @@ class Task:
     target: Literal["class", "labels", "field"]  # y: a class (n,), labels 0 or 1 (n, K), or real numbers (n, *output)
     output: tuple[int, ...]  # of a prediction: (K,), (H, W) or (C, L)
     read: Callable  # (data_dir, cache) -> (x, y) train, (x, y) test, kind of data, and what of the task the files change
-    toy: Callable  # (n, seed) -> x, y
+    toy: Callable | None  # (n, seed) -> x, y; None: there is no need, the task can be simulated
     downloads: tuple[tuple[str, ...], ...]  # keys of DOWNLOADS: all of these, of each the first that can be had
     recipes: dict[str, Recipe] = field(repr=False)  # method -> published settings, full scale
     loss: Callable = cross_entropy  # (out, y) of a batch -> scalar
@@ -1529,6 +1593,8 @@ class Task:
     augment: Callable | None = None  # (x, u or None) -> x: training batches come with draws u
     draws: int = DRAWS  # how many of them
     tokens: int = 512  # 1D: the most tokens that a sequence is cut into
+    simulate: Callable | None = None  # (cache, scale, n_train, as_released, device) -> as read; where the files are missing
+    read_released: Callable | None = None  # instead of `read` where the official code reads other targets
     direction: str = "min"
 
     @property
@@ -1582,13 +1648,15 @@ SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 tokens of the source, or 
 TEXT = dict(source="conll2003")
 
 
-def pde(name, about, shape, output, recipe, loss=nrmse, tokens=512, **read):
+def pdebench(name, about, shape, output, recipe, loss=nrmse, tokens=512, y_test=None, normalise=False, **read):
     """A task of PDEBench: from the first snapshot to a later one. PDEBench's own scores are of another task, step by step."""
+    finish = functools.partial(pde_fields, normalise=normalise)
+    read = functools.partial(read_pde, **read, normalise=normalise)
     return Task(
-        name, about, shape, "field", output, functools.partial(read_pde, **read),
-        lambda n, seed: toy_fields(n, seed, shape, output), ((name,),),
+        name, about, shape, "field", output, read, None, ((name,),),
         both(replace(recipe, **TEXT), **SEQUENCE) if len(shape) == 2 else both(recipe, **DENSE),
-        loss=loss, score=score_of(nrmse), metric="nRMSE", tokens=tokens,
+        loss=loss, score=score_of(nrmse), metric="nRMSE", tokens=tokens, simulate=functools.partial(simulate, name, finish),
+        read_released=functools.partial(read, y_test=y_test) if y_test else None,
     )  # fmt: skip
 
 
@@ -1608,10 +1676,10 @@ TASKS = {
                  **PICTURE),
         ),
         Task(
-            "darcy", "flow through a porous medium", (3, 85, 85), "field", (85, 85), read_darcy,
-            lambda n, seed: toy_fields(n, seed, (3, 85, 85), (85, 85)), (("darcy_train",), ("darcy_test",)),
-            both(published("adamw", 1e-3, 5e-3, 4, 100), **DENSE),
+            "darcy", "flow through a porous medium", (3, 85, 85), "field", (85, 85), read_darcy, None,
+            (("darcy_train",), ("darcy_test",)), both(published("adamw", 1e-3, 5e-3, 4, 100), **DENSE),
             loss=relative_l2, score=score_of(relative_l2), metric="rel. L2",
+            simulate=functools.partial(simulate, "darcy", darcy_fields),
         ),
         Task(
             "psicov", "distances in a protein, from its sequence", (57, SIDE, SIDE), "field", (SIDE, SIDE), read_psicov,
@@ -1654,45 +1722,45 @@ TASKS = {
                  epochs=25, **SEQUENCE),
             loss=functools.partial(presence, positive=4.0), score=label_auroc_error, metric="1-AUROC",
         ),
-        pde(
+        pdebench(
             "advection1d", "a wave travels", (1, 256), (1, 256), published("adam", 1e-4, 1e-5, 4, 200, clip=1.0),
             file="1D_Advection_Sols_beta0.4.hdf5", x=[("tensor", 0)], y=[("tensor", 200)], every=4,
         ),
-        pde(
+        pdebench(
             "burgers1d", "a viscous wave steepens and fades", (1, 1024), (1, 1024),
             published("adam", 1e-5, 1e-5, 4, 200, clip=1.0), rmse,  # 512 tokens: the official 128 is for a length of 256
             file="1D_Burgers_Sols_Nu1.0.hdf5", x=[("tensor", 0)], y=[("tensor", 200)],
         ),
-        pde(
+        pdebench(
             "diffusion_reaction1d", "a concentration spreads and grows", (1, 1024), (1, 1024),
             published("sgd", 1e-3, 1e-5, 4, 200, clip=1.0, momentum=0.99), tokens=256,
-            file="ReacDiff_Nu0.5_Rho1.0.hdf5", x=[("tensor", 0)], y=[("tensor", 29)],
+            file="ReacDiff_Nu0.5_Rho1.0.hdf5", x=[("tensor", 0)], y=[("tensor", 29)], y_test=[("tensor", 99)],
         ),
-        pde(
+        pdebench(
             "diffusion_sorption1d", "a substance seeps into the ground", (1, 1024), (1, 1024),
             published("adamw", 1e-4, 0, 4, 200, clip=1.0), tokens=32,
-            file="1D_diff-sorp_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 0)],
+            file="1D_diff-sorp_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 0)], y_test=[("data", 99, 0)],
         ),
-        pde(
+        pdebench(
             "navier_stokes1d", "a compressible gas: density, pressure, velocity", (1, 3072), (1, 3072),
             published("adamw", 1e-4, 1e-3, 4, 200, clip=1.0), rmse, tokens=128,
             file="1D_CFD_Rand_Eta0.1_Zeta0.1_periodic_Train.hdf5", x=[("density", 0), ("pressure", 0), ("Vx", 0)],
             y=[("density", 100), ("pressure", 100), ("Vx", 100)], normalise=True,
         ),
-        pde(
+        pdebench(
             "darcy2d", "flow through a porous medium, PDEBench's", (1, 64, 64), (64, 64),
             published("adamw", 1e-4, 1e-5, 4, 100, decay=200),
             file="2D_DarcyFlow_beta0.1_Train.hdf5", x=[("nu", None)], y=[("tensor", 0)], every=2,
         ),
-        pde(
+        pdebench(
             "shallow_water2d", "a round dam breaks", (1, 128, 128), (128, 128),
             published("adamw", 1e-4, 0, 4, 200, warmup=10, clip=1.0),
-            file="2D_rdb_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 0)],
+            file="2D_rdb_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 0)], y_test=[("data", 99, 0)],
         ),
-        pde(
+        pdebench(
             "diffusion_reaction2d", "patterns form: the inhibitor from the activator", (1, 128, 128), (128, 128),
             published("adam", 1e-4, 1e-3, 4, 200, clip=1.0),
-            file="2D_diff-react_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 1)],
+            file="2D_diff-react_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 1)], y_test=[("data", 99, 1)],
         ),
     )
 }  # fmt: skip
@@ -1792,6 +1860,7 @@ PROXIES = {
 TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, embedder_epochs=20, max_samples=32,
               source_samples=1000, reg=0.0, meta_epochs=2, n_train=5000)  # fmt: skip
 TOY_TRAIN, TOY_TEST = 3000, 1000
+SIMULATED_TRAIN, SIMULATED_TEST = 1000, 200  # at the tiny scale
 SOURCE_SAMPLES = 5000  # as in the official codes
 LARGEST = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
 
@@ -1947,31 +2016,38 @@ class Loaded:
     test: Split
 
 
-def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu"):
+def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_released=False):
     """Training, validation and test split of a task, on the device.
 
     A tenth of the training samples that are used is held out for validation, drawn with `seed`; the official codes choose
     the checkpoint on the test set. `n_train` remain for training (None: the other nine tenths of all there are).
+    `as_released`: data of PDE tasks with the mistakes of the official files and of ORCA's loader (docs/pde.md).
 
-    Raises: Missing at full scale when the files are not there; at the tiny scale toy data take their place, aloud.
+    Where files are missing, PDE tasks are simulated; toy data take the place of others at the tiny scale, aloud.
+    Raises: Missing at full scale.
     """
     import torch
 
-    task, data_dir = find_task(task), Path(data_dir)
+    task, data_dir, cache = find_task(task), Path(data_dir), Path(cache)
     try:
-        train, test, kind, *changes = task.read(data_dir, Path(cache))
-        task = replace(task, **changes[0]) if changes else task
-        classes = None if task.target == "field" else task.output[0]
+        read = (as_released and task.read_released) or task.read
+        train, test, kind, *changes = read(data_dir, cache)
     except Missing as missing:
         advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` fetches the files."
-        if scale != "tiny":
+        if task.simulate:
+            print(f"SIMULATED: {missing}\n           The equation is solved here instead.")
+            train, test, kind, *changes = task.simulate(cache, scale, n_train, as_released, device)
+        elif scale != "tiny":
             raise Missing(f"{task.name}: {missing}\n{advice} To try without: --scale tiny.") from None
-        print(f"TOY DATA: {missing}\n          Generated data take the place of {task.name}; {advice}")
-        most = max(24, 2**25 // math.prod(task.shape))  # 128 MB
-        n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
-        train = task.toy(n + n // 9 + 1, seed=0)
-        test = task.toy(min(TOY_TEST, most), seed=1)
-        kind, classes = "toy", count_classes(task.target, train[1])
+        else:
+            print(f"TOY DATA: {missing}\n          Generated data take the place of {task.name}; {advice}")
+            most = max(24, 2**25 // math.prod(task.shape))  # 128 MB
+            n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
+            train = task.toy(n + n // 9 + 1, seed=0)
+            test = task.toy(min(TOY_TEST, most), seed=1)
+            kind, changes = "toy", []
+    task = replace(task, **changes[0]) if changes else task
+    classes = count_classes(task.target, train[1]) if kind == "toy" else None if task.target == "field" else task.output[0]
     order = np.random.default_rng(seed).permutation(len(train[1]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
     n_val = max(1, n_train // 9)
@@ -2043,7 +2119,10 @@ class Args:
 
 
 def prepare(name, data_dir):
-    """Fetch the files of a task and of its sources, or of one source. Raises UserError if they cannot be had."""
+    """Fetch the files of a task and of its sources, or of one source.
+
+    Raises UserError if they cannot be had; not for a task that can be simulated, which then says so.
+    """
     if name in PROXIES:
         wanted = [(PROXIES[name].download,)]
     else:
@@ -2067,9 +2146,17 @@ def prepare(name, data_dir):
                     failed[key] = error
                 else:
                     print(f"{key}: {error}\nTrying {keys[1]} instead, from which we make it.")
-    if len(failed) == 1:
+    if name in TASKS and TASKS[name].simulate and failed:
+        for key, error in failed.items():
+            print(f"{key}: {error}")
+        own = {key for keys in TASKS[name].downloads for key in keys}
+        if own & failed.keys():
+            print(f"{name} will be simulated: its equation is solved here when a run needs it (docs/pde.md).")
+        if failed := sorted(failed.keys() - own):
+            print(f"Without {' and '.join(failed)}, methods that use a source run at the tiny scale only, with a toy.")
+    elif len(failed) == 1:
         raise failed.popitem()[1]
-    if failed:
+    elif failed:
         for key, error in failed.items():
             print(f"{key}: {error}")
         raise UserError(f"{', '.join(failed)} could not be fetched; above is where each can be had and where it goes.")
@@ -2093,7 +2180,8 @@ def print_tasks(data_dir):
     print(f"{'task':21}{'input':16}{'output':11}{'metric':10}{'source (PaRe)':14}{'in ' + str(data_dir):13}about")
     for task in TASKS.values():
         here = sum(any(present(DOWNLOADS[key], data_dir) for key in keys) for keys in task.downloads)
-        state = "present" if here == len(task.downloads) else "in part" if here else "missing"
+        rest = "solved here" if task.simulate else "in part" if here else "missing"
+        state = "present" if here == len(task.downloads) else rest
         print(f"{task.name:21}{size(task.shape):16}{size(task.output):11}{task.metric:10}",
               f"{task.recipes['pare'].source:14}{state:13}{task.about}", sep="")  # fmt: skip
     example = openml_task(31)

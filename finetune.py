@@ -116,7 +116,9 @@ def main(args):
     args, device = run.args, run.device
     with run.first():
         source = common.load_source(args.backbone, pretrained=args.mode != "scratch")  # finetune
-        loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
+        loaded = data.load(
+            args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
+        )
     task, train = loaded.task, loaded.train
     if not run.open(train):  # finetune
         return

@@ -255,7 +255,9 @@ def main(args):
     args, device = run.args, run.device
     with run.first():
         source = common.load_source(args.backbone)  # MoNA
-        loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
+        loaded = data.load(
+            args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
+        )
         wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # MoNA
         source_set = data.load_proxy(*wanted, source.tokenizer)  # MoNA
     task, train = loaded.task, loaded.train

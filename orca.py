@@ -189,7 +189,9 @@ def main(args):
     args, device = run.args, run.device
     with run.first():
         source = common.load_source(args.backbone)  # ORCA
-        loaded = data.load(args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device)
+        loaded = data.load(
+            args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
+        )
         wanted = args.source, args.data_dir, args.scale, args.source_samples, args.seed, device  # ORCA
         source_set = data.load_proxy(*wanted, source.tokenizer)  # ORCA
     task, train = loaded.task, loaded.train

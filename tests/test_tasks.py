@@ -553,6 +553,15 @@ def test_pde_mult_files_have_one_target_time_in_training_and_test(tmp_path, task
     assert (loaded.test.y.flatten(1)[:, 0].numpy() == 1000 * np.array([18, 19]) + 100 + 0.5 * channel).all()
 
 
+@pytest.mark.parametrize("task", ["diffusion_reaction1d", *MULT])
+def test_as_released_the_test_set_of_an_official_file_has_another_target_time(tmp_path, task):
+    write_pde(task, tmp_path)
+    ours, released = full(task, tmp_path), full(task, tmp_path, as_released=True)
+    late = 99 - (29 if task == "diffusion_reaction1d" else 100)  # snapshots, each worth 1 in these files
+    assert torch.allclose(released.test.y, ours.test.y + late) and torch.equal(released.test.x, ours.test.x)
+    assert torch.equal(released.train.y, ours.train.y) and torch.equal(released.val.y, ours.val.y)
+
+
 def test_darcy2d_predicts_the_solution_from_the_coefficient(tmp_path):
     path = write_pde("darcy2d", tmp_path)
     x, y = dev(full("darcy2d", tmp_path))
@@ -904,9 +913,10 @@ def test_unknown_tables_and_tasks():
 
 
 @pytest.mark.parametrize("name", [*data.TASKS, "openml31"])
-def test_toys_look_like_their_task(name, tmp_path, capsys):
+def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys):
     loaded = data.load(name, tmp_path, tmp_path, "tiny", n_train=40)
-    assert loaded.train.kind == "toy" and "TOY DATA" in capsys.readouterr().out
+    kind, said = ("simulated", "SIMULATED") if loaded.task.simulate else ("toy", "TOY DATA")
+    assert loaded.train.kind == kind and said in capsys.readouterr().out
     task, train = loaded.task, loaded.train
     x, y = next(train.batches(1, 8, 0, 0))
     assert x.shape == (8, *task.shape) and x.isfinite().all() and x.dtype == torch.float32

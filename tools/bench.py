@@ -1,12 +1,15 @@
-"""Claims about speed, each measured against what it is compared with, in one run.
+"""Claims about speed, each measured against what it is compared with, in one run; and what errors on PDE tasks compare with.
 
     python tools/bench.py topk        the relaxed top-k of PaRe's gate against the official code's N softmaxes
     python tools/bench.py distance    ORCA's distance between data sets against the way the official code works it out
     python tools/bench.py meta        MoNA's step of stage 1, by finite difference and exact, against a plain fine-tuning step
+    python tools/bench.py references  test errors of a mean, of the input and of a small specialist on the PDE tasks, tiny scale
 
-Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
+Every candidate for speed runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine
+favours one.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import platform
@@ -26,7 +29,7 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["topk", "distance", "meta"], tyro.conf.Positional]
+    what: Annotated[Literal["topk", "distance", "meta", "references"], tyro.conf.Positional]
     """what to measure"""
     backbone: str = "tiny-swin"
     """meta: of the model. random:swin_base has the papers' size"""
@@ -36,6 +39,10 @@ class Args:
     """distance: of the source"""
     rounds: int = 3
     """times each candidate runs, in turn; the median counts"""
+    data_dir: str = "datasets"
+    """references: where the official files are read from; missing ones are simulated"""
+    cache: str = "runs/cache"
+    """references: where simulated data are kept, the methods' own place"""
 
 
 if __name__ == "__main__":
@@ -311,5 +318,81 @@ def meta(args):
               f"{extra:.0f} | {extra / memory_of:.2f} |")  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What errors on PDE tasks compare with
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fourier(torch.nn.Module):
+    """A small Fourier neural operator (Li et al. 2021) in one or two dimensions: v <- v + gelu(W v + F^-1 R F v), three times.
+
+    R is a complex matrix for each of the lowest frequencies. They are so few that the transform F is a product with their
+    waves, axis by axis. Places are additional inputs.
+    """
+
+    def __init__(self, task, width=16, modes=12, layers=3):
+        super().__init__()
+        self.space, self.output, self.layers = task.shape[1:], task.output, layers
+        frequencies = [torch.arange(-modes, modes), torch.arange(modes)][-len(self.space) :]
+        R = torch.randn(layers, width, width, *map(len, frequencies), 2) / width
+        self.R = torch.nn.Parameter(R)
+        self.waves = [
+            torch.exp(-2j * torch.pi * torch.arange(n)[:, None] * k / n) for n, k in zip(self.space, frequencies, strict=True)
+        ]
+        conv = torch.nn.Conv1d if len(self.space) == 1 else torch.nn.Conv2d
+        self.W = torch.nn.ModuleList(conv(width, width, 1) for _ in range(layers))
+        self.lift, self.project = conv(task.shape[0] + len(self.space), width, 1), conv(width, 1, 1)
+
+    def forward(self, x):
+        places = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in self.space), indexing="ij"))
+        v = self.lift(torch.cat([x, places.expand(len(x), *places.shape)], 1))  # (B, width, *space)
+        for R, W in zip(torch.view_as_complex(self.R), self.W, strict=True):
+            f = v.to(R.dtype)
+            for axis, wave in enumerate(self.waves, 2):
+                f = (f.movedim(axis, -1) @ wave / len(wave)).movedim(-1, axis)
+            f = torch.einsum("bi...,io...->bo...", f, R)  # (B, width, modes)
+            for axis, wave in enumerate(self.waves, 2):
+                f = (f.movedim(axis, -1) @ wave.conj().T).movedim(-1, axis)
+            v = v + torch.nn.functional.gelu(W(v) + f.real)
+        return self.project(v).reshape(-1, *self.output)  # (B, 1, *space) -> (B, *output)
+
+
+def specialist(loaded, epochs=10, batch_size=10):
+    """Test predictions of a Fourier operator trained on the task's loss with AdamW, 2e-3 falling to 0 linearly."""
+    torch.manual_seed(0)
+    net, train, test = Fourier(loaded.task), loaded.train, loaded.test
+    steps = len(train) // batch_size
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
+    for epoch in range(epochs):
+        for x, y in train.batches(steps, batch_size, 0, epoch):
+            loaded.task.loss(net(x), y).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        return torch.cat([net(test.inputs(part)) for part in torch.arange(len(test)).split(batch_size)])
+
+
+def references(args):
+    """The errors that a method has to beat, on the test set of the tiny scale."""
+    print(f"Test errors, tiny scale, {machine()}\n")
+    print("| task | data | metric | the mean | the input | Fourier operator | its seconds |\n|---|---|---|---|---|---|---|")
+    for task in (task for task in data.TASKS.values() if task.simulate):
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded = data.load(task.name, args.data_dir, args.cache, "tiny")
+        train, test = loaded.train, loaded.test
+        index = torch.arange(len(test))
+        y = test.targets(index)
+        same = test.inputs(index)[:, 0].reshape(y.shape)  # darcy: the normalised coefficient taken for the normalised pressure
+        mean = (train.y.mean(0) * (task.name != "darcy")).expand_as(y)  # darcy's score adds the mean itself
+        errors = [loaded.task.score(out.numpy(), y.numpy()) for out in (mean, same)]
+        start = time.perf_counter()
+        errors.append(loaded.task.score(specialist(loaded).numpy(), y.numpy()))
+        seconds, columns = time.perf_counter() - start, " | ".join(f"{error:.4f}" for error in errors)
+        print(f"| {task.name} | {train.kind}, {len(train)} | {task.metric} | {columns} | {seconds:.0f} |", flush=True)
+
+
 if __name__ == "__main__":
-    data.guarded({"topk": topk, "distance": distance, "meta": meta}[args.what], args)
+    ways = {"topk": topk, "distance": distance, "meta": meta, "references": references}
+    data.guarded(ways[args.what], args)

@@ -1,6 +1,7 @@
 """Pictures and measurements for README and docs, made by the project's own code.
 
 python tools/figures.py idea            docs/idea.png: what PaRe does, on a toy picture
+python tools/figures.py pde             docs/pde.png: one sample of each PDE task, solved here
 python tools/figures.py probe RUN...    what finished runs left of the source: linear-probe error on CIFAR-10 (MoNA, section 2)
 """
 
@@ -19,7 +20,7 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["idea", "probe"], tyro.conf.Positional]
+    what: Annotated[Literal["idea", "pde", "probe"], tyro.conf.Positional]
     """which picture or measurement"""
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """probe: folders of finished runs"""
@@ -36,12 +37,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import common
 import pare
+import pde
 from tools.reproduce import spread
 
 PICK_S, PICK_T = 10, 16  # which toy pictures
@@ -116,6 +119,41 @@ def idea(args):
     print(path)
 
 
+PDES = {
+    "advection1d": "advection", "burgers1d": "Burgers", "diffusion_reaction1d": "diffusion-reaction",
+    "diffusion_sorption1d": "diffusion-sorption", "navier_stokes1d": "compressible flow", "darcy": "Darcy",
+    "darcy2d": "Darcy, PDEBench's", "shallow_water2d": "shallow water", "diffusion_reaction2d": "FitzHugh-Nagumo",
+}  # fmt: skip
+SHOWN = {"advection1d": 2, "navier_stokes1d": 10}  # which sample, if not the first
+
+
+def fields(args):
+    """One sample of each PDE task, the target below the input. Lines keep their scale; the gas's fields have one each."""
+    figure, axes = plt.subplots(2, len(PDES), figsize=(15, 3.7))
+    figure.subplots_adjust(left=0.025, right=0.995, top=0.9, bottom=0.02, wspace=0.08, hspace=0.06)
+    for column, (name, title) in zip(axes.T, PDES.items(), strict=True):
+        of, shown = pde.SETS[name], SHOWN.get(name, 0)
+        x, y = (part[shown] for part in next(pde.simulate(name, shown + 1, of.n, of.every)))
+        column[0].set_title(title, fontsize=11)
+        for axis, values, colour in zip(column, (x, y), (SOURCE, TARGET), strict=True):
+            axis.set(xticks=[], yticks=[])
+            if values.ndim == 2:
+                axis.imshow(values, cmap="RdBu_r" if name == "diffusion_reaction2d" else "viridis")
+                continue
+            both = np.stack([x, y]).reshape(2, 3 if name == "navier_stokes1d" else 1, -1)  # (input and target, fields, n)
+            both = both / abs(both).max((0, 2))[:, None]
+            for line, style in zip(both[int(values is y)], ("-", "--", ":"), strict=False):
+                axis.plot(line, style, color=colour, linewidth=1.4)
+            axis.set(ylim=(both.min() - 0.1, both.max() + 0.1))
+            axis.set_box_aspect(1)
+    axes[1, 4].legend(["density", "pressure", "velocity"], fontsize=7.5, loc="lower left", frameon=False, handlelength=1.6)
+    for axis, text, colour in zip(axes[:, 0], ("input", "target"), (SOURCE, TARGET), strict=True):
+        axis.set_ylabel(text, fontsize=12, color=colour)
+    path = Path(args.out) / "pde.png"
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
 @torch.no_grad()
 def features(source, encoder, x):
     """CIFAR-10 pictures (n, 3, 32, 32) uint8 through the source embedder and `encoder`, mean over tokens: (n, F) array."""
@@ -166,4 +204,4 @@ def probe(args):
 
 
 if __name__ == "__main__":
-    data.guarded({"idea": idea, "probe": probe}[args.what], args)
+    data.guarded({"idea": idea, "pde": fields, "probe": probe}[args.what], args)
