@@ -791,6 +791,58 @@ def make_schedule(optimizer, args, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many processes: each has its share of the samples, every one works out the same loss on all of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def processes():
+    """This process's number and how many there are: (rank, G), (0, 1) without torchrun."""
+    there_are = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there_are else (0, 1)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes, on each. So is its derivative, which can be derived again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.apply(gradient)
+
+
+def share(x):
+    """The rows of x (n, ...) that this process works on: every G-th, as `data.Split.batches` deals them out."""
+    rank, world = processes()
+    return x[rank::world]
+
+
+def gather(x, n=None):
+    """What `share` dealt out, together in order, with a gradient: (n / G, ...) -> (n, ...). n: where G does not divide it.
+
+    A loss on the gathered rows is the loss on all samples, the same in every process. Backward, each process gets G times its
+    own rows' part of the gradient, and `average` makes the whole gradient of what all of them share, as for
+    DistributedDataParallel.
+    """
+    rank, world = processes()
+    if world == 1:
+        return x
+    rows = x.new_zeros(n or len(x) * world, *x.shape[1:])
+    rows[rank::world] = x
+    return SumOverProcesses.apply(rows)  # the others' rows are 0 here: the sum is exact
+
+
+def average(tensors):
+    """The means of tensors over the processes, with a gradient."""
+    world = processes()[1]
+    return list(tensors) if world == 1 else [SumOverProcesses.apply(x) / world for x in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Run keeping: processes, device, seeds, folder, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -898,6 +950,10 @@ class Run:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
+        if self.world > 1:
+            torch.distributed.barrier()
+            if not (self.folder / "args.json").exists():
+                raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
         processes = f", {self.world} processes" * (self.world > 1)
         print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
         return True
@@ -918,14 +974,15 @@ class Run:
     def distribute(self, module):
         """On the device, and gradients averaged over the processes if there are several.
 
-        Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told.
+        Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told. Buffers are constants
+        (window indices): they need not be sent before every step.
         """
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         print(f"model   {trained / 1e6:.2f}M of {sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters train")
         module = module.to(self.device)
         if self.world == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def keep_stage1(self, rows, **modules):
         """A method's first stage is over: keep its weights and its rows of numbers, one row an epoch, in one file."""

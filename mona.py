@@ -141,9 +141,12 @@ def uniformity(f):
 
 
 def outer_loss(encoder, theta, tokens_s, y_s):
-    """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars."""
-    features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B, n, F) -> (B, F)
-    f = F.normalize(features, dim=1)
+    """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars.
+
+    Pairs are of all samples: of G processes each has its share of the tokens, and all of the classes y_s.
+    """
+    features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B / G, n, F) -> (B / G, F)
+    f = common.gather(F.normalize(features, dim=1))  # (B, F)
     return alignment(f, y_s), uniformity(f)
 
 
@@ -163,7 +166,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     Args:
         model: a common.Model; its encoder is left untouched, bit for bit.
         loss: (out, y) -> scalar. x_t, y_t: a target batch.
-        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes.
+        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes. Of G processes each gives its share.
         inner_lr, lambda_: alpha and lambda.
         gradient: "finite-difference", "exact" or "first-order".
     Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (4,):
@@ -174,9 +177,10 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     exact = gradient == "exact"
     embedded = model.embedder(x_t)  # (B, N, D)
     tokens = embedded if exact else embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once
+    y_t, y_s = common.gather(y_t), common.gather(y_s)  # losses are of the batches of all processes
 
     def inner_loss(theta):
-        return loss(model.predictor(functional_call(model.encoder, theta, (tokens,))), y_t)
+        return loss(common.gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
 
     with sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():  # fused attention has no second derivative
         L_inner = inner_loss(theta)  # line 1
@@ -185,7 +189,8 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         g_e = torch.autograd.grad(embedded, e, g_tokens.detach(), retain_graph=True)
         if gradient == "first-order":
             zero = torch.zeros_like(L_inner)
-            return list(g_e), g_h, torch.stack([L_inner.detach(), zero, zero, zero])
+            return common.average(g_e), common.average(g_h), torch.stack([L_inner.detach(), zero, zero, zero])
+        g_theta = common.average(g_theta)
         with contextlib.nullcontext() if exact else torch.no_grad():  # line 2
             theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}
         del g, g_theta  # each is as large as the encoder
@@ -195,7 +200,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         else:
             theta_star = {name: p.requires_grad_() for name, p in theta_star.items()}
             align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
-            v = torch.autograd.grad(align + uniform, list(theta_star.values()))
+            v = common.average(torch.autograd.grad(align + uniform, list(theta_star.values())))
             del theta_star
             c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
             sides = []
@@ -205,7 +210,8 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
                     sides += torch.autograd.grad(inner_loss(moved), tokens)
                     del moved
             outer = torch.autograd.grad(embedded, e, -lambda_ * inner_lr * (sides[0] - sides[1]) / (2 * c))
-    norm = lambda parts: torch.stack(torch._foreach_norm(list(parts))).norm()
+    g_e, g_h, outer = (common.average(part) for part in (g_e, g_h, outer))
+    norm = lambda parts: torch.stack(torch._foreach_norm(parts)).norm()
     log = torch.stack([L_inner, align, uniform, norm(outer) / norm(g_e)]).detach()
     return [a + b for a, b in zip(g_e, outer, strict=True)], g_h, log
 
@@ -213,8 +219,8 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
 def meta_train(model, source, train, source_set, task, args, progress):
     """Stage 1: trains the embedder (and the predictor), never the encoder. Returns a row of numbers for each meta-epoch.
 
-    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Every process takes the same
-    steps on the same samples, so that many processes end exactly as one.
+    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Each process has its share of
+    both batches.
     """
     model.eval()
     trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
@@ -223,8 +229,8 @@ def meta_train(model, source, train, source_set, task, args, progress):
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = common.now(), torch.zeros(steps, 4, device=train.device)
-        batches = train.batches(steps, args.batch_size, args.seed, epoch)
-        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
+        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
             x_s, y_s = next(batches_s)
             with torch.no_grad():
