@@ -82,3 +82,78 @@ def test_both_first_stages_and_their_gradients_are_those_of_one_process(tmp_path
     everything, slope, curvature = alone[0]  # f = sum w (2 x)^3, f' = 24 w x^2, and of sum w f': 48 w^2 x
     x, w = torch.arange(7).double(), torch.linspace(1, 2, 7).double()
     assert torch.equal(everything, 2 * x) and torch.allclose(slope, 24 * w * x**2) and torch.allclose(curvature, 48 * w**2 * x)
+
+
+# ---- runs
+
+SGD = ["--task", "spherical", "--scale", "tiny", "--n-train", 96, "--epochs", 2, "--optimizer", "sgd", "--lr", 0.05]
+
+
+def same(folder, other):
+    one, two = weights(folder), weights(other)
+    assert all(torch.allclose(value, two[key], atol=2e-5) for key, value in one.items())
+    assert rows(folder)[-1]["loss"] == pytest.approx(rows(other)[-1]["loss"], rel=1e-4)
+    assert result(folder)["test"] == pytest.approx(result(other)["test"], abs=0.01)
+
+
+def start(command, *options, out, before=(), **launch):
+    """A script under torchrun, in the background."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *(f"--{k}={v}" for k, v in launch.items())]
+    command = [*before, *torchrun, str(ROOT / command), *map(str, options), "--out-dir", str(out)]
+    return subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process):
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+
+
+def test_a_run_goes_on_with_another_number_of_processes(script, tmp_path):
+    name = "spherical-pare-tiny-swin-s0-toy"
+    copy = tmp_path / "one" / name
+    process = start("pare.py", *SGD, out=tmp_path, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    while not (tmp_path / name / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    shutil.copytree(tmp_path / name, copy, ignore=shutil.ignore_patterns("*.part"))  # what a killed run leaves behind
+    ended(process)
+    assert "resumed after epoch 1" in script("pare.py", *SGD, "--resume", out=copy.parent)
+    same(tmp_path / name, copy)
+
+
+@contextlib.contextmanager
+def two_nodes():
+    """Two network namespaces with a cable between them; skipped where they cannot be made. Gives their names."""
+    names = [f"node{i}-{os.getpid()}" for i in (0, 1)]
+    ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", "cable0")
+            ip("-n", name, "link", "set", "cable0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+    finally:
+        for name in names:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_two_nodes_give_the_result_of_one(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
+    (tmp_path / "two").mkdir()
+    options = [*SGD, "--meta-epochs", 1]
+    with two_nodes() as names:
+        launch = dict(nnodes=2, nproc_per_node=1, master_addr="10.77.0.1", master_port=29512)
+        nodes = [
+            start("mona.py", *options, out=tmp_path / "two", before=["ip", "netns", "exec", name], node_rank=i, **launch)
+            for i, name in enumerate(names)
+        ]
+        for node in nodes:
+            ended(node)
+    script("mona.py", *options, out=tmp_path / "one")
+    name = "spherical-mona-tiny-swin-s0-toy"
+    same(tmp_path / "one" / name, tmp_path / "two" / name)
