@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
@@ -231,6 +232,15 @@ def set_dropout(encoder, p):
     return encoder
 
 
+def checkpoint_blocks(encoder):
+    """Keep only what enters each block of the encoder; what is inside is worked out again in the backward pass.
+
+    A block reads its own parameters again then: not for torch.func.functional_call, which has put them back.
+    """
+    for block in encoder.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 class Model(nn.Module):
     """predictor(encoder(embedder(x)))"""
 
@@ -271,6 +281,10 @@ class SwinEncoder(nn.Module):
         self.reduction = swin.feature_info[-1]["reduction"]  # side of the picture / side of the last grid
         self.layers, self.norm = swin.layers, swin.norm
 
+    @property
+    def blocks(self):
+        return [block for stage in self.layers for block in stage.blocks]
+
     def forward(self, tokens):
         x = tokens.unflatten(1, self.grid)  # (B, N, D) -> (B, H/4, W/4, D)
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, n, F)
@@ -282,6 +296,10 @@ class TextEncoder(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.layers = model.encoder
+
+    @property
+    def blocks(self):
+        return list(self.layers.layer)
 
     def forward(self, tokens):
         return self.layers(tokens)[0]  # (B, N, D) -> (B, N, F)
@@ -1013,6 +1031,7 @@ class Run:
         """Gradients travel between processes only on the micro-batch that an optimizer step follows."""
         return contextlib.nullcontext() if self.world == 1 or step_follows else module.no_sync()
 
+    @torch.compiler.set_stance("force_eager")  # its last batch is smaller: not worth compiling again
     @torch.no_grad()
     def evaluate(self, model, split, task):
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
@@ -1154,7 +1173,7 @@ class Run:
             raise UserError(
                 "--compile needs a C++ compiler (g++ or clang++), and none was found.\nInstall one, or leave --compile out."
             )
-        encoder.compile()
+        encoder.compile(dynamic=False)  # batches have one size: PaRe's 2 B, and B once k is 0
 
     def progress(self, items, total, label):
         """A bar over the steps, on the first process, where somebody watches."""

@@ -58,6 +58,8 @@ class Args:
     """go on after the last finished epoch, exactly as if nothing had happened"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    checkpoint: bool = False
+    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
     epochs: int | None = None
     """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
@@ -275,6 +277,8 @@ def main(args):
 
     # ---- MoNA: stage 1, embedder and predictor
     net = model
+    if args.compile and args.gradient == "exact" and args.meta_epochs > 0:
+        raise data.UserError("--compile leaves no second derivative, which --gradient exact needs.\nLeave one of them out.")
     if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
         model.to(device)
         source.embedder.to(device)
@@ -282,6 +286,8 @@ def main(args):
         run.keep_stage1(rows, embedder=embedder, predictor=model.predictor)
 
     # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_blocks(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)

@@ -406,7 +406,7 @@ def build(method, scale, have, device, mix=one_by_one):
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 100)).to(device)
     source.embedder.to(device)
     if "compile" in have:
-        model.encoder.compile()
+        model.encoder.compile(dynamic=False)
     loss, bf16 = nn.functional.cross_entropy, "bf16" in have
     if method == "pare":
         net = pare.PaRe(model, pare.Gate(source.token_width), common.ClassPredictor(source.feature_width, 200)).to(device)
@@ -420,7 +420,7 @@ def build(method, scale, have, device, mix=one_by_one):
         if method == "mona":  # stage 1
             with torch.no_grad():
                 tokens_s = source.embedder(x_s)
-            way = "finite-difference" if "stacked pass" in have else "exact"
+            way = "finite-difference" if "finite difference" in have else "exact"
             g_e, g_h, log = mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y_s, args.inner_lr, args.lambda_, way)
             for parameter, gradient in zip(net.parameters(), g_e + g_h, strict=True):
                 parameter.grad = gradient
@@ -483,7 +483,7 @@ def one_rung(method, scale, have, batch_size, timed, workers):
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     seconds, memory = (time.perf_counter() - start) / timed, peak() - before
-    plain = tuple(name for name in have if name == "stacked pass")
+    plain = tuple(name for name in have if name in ("stacked pass", "finite difference"))
     with FlopCounterMode(display=False) as counter:  # eager and not fused: every product is seen
         build(method, scale, plain, device)[1](x, y, x_s, y_s)
     dtype = torch.bfloat16 if "bf16" in have else torch.float32
@@ -533,12 +533,9 @@ def steps(args):
                 jobs[PARTS[method], way] = one_alignment, (way, args.scale, min(timed, 3))
             continue
         have = ()
-        for rung in (FIRST, *LADDER):
-            if (method, rung) in (("mona", "bf16"), ("finetune", "stacked pass")):
-                continue  # stage 1 of MoNA takes the difference of near numbers, in fp32
-            label = {FIRST: FIRST}.get(rung, f"+ {rung}")
-            if (method, rung) == ("mona", "stacked pass"):
-                label = "+ finite difference"
+        rungs = {"pare": LADDER, "mona": ("finite difference", *LADDER[1:-1]), "finetune": LADDER[:-1]}[method]
+        for rung in (FIRST, *rungs):  # stage 1 of MoNA takes the difference of near numbers: no bf16
+            label = rung if rung == FIRST else f"+ {rung}"
             with_it = have if rung == FIRST else (*have, rung)
             jobs[PARTS[method], label] = one_rung, (method, args.scale, with_it, args.batch_size, timed, args.workers)
             if not cuda and rung in ("bf16", "fused attention"):  # the scripts do neither on a CPU
