@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import data
 from data import UserError
@@ -231,6 +232,15 @@ def set_dropout(encoder, p):
     return encoder
 
 
+def checkpoint_blocks(encoder):
+    """Keep only what enters each block of the encoder; what is inside is worked out again in the backward pass.
+
+    A block reads its own parameters again then: not for torch.func.functional_call, which has put them back.
+    """
+    for block in encoder.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 class Model(nn.Module):
     """predictor(encoder(embedder(x)))"""
 
@@ -271,6 +281,10 @@ class SwinEncoder(nn.Module):
         self.reduction = swin.feature_info[-1]["reduction"]  # side of the picture / side of the last grid
         self.layers, self.norm = swin.layers, swin.norm
 
+    @property
+    def blocks(self):
+        return [block for stage in self.layers for block in stage.blocks]
+
     def forward(self, tokens):
         x = tokens.unflatten(1, self.grid)  # (B, N, D) -> (B, H/4, W/4, D)
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, n, F)
@@ -282,6 +296,10 @@ class TextEncoder(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.layers = model.encoder
+
+    @property
+    def blocks(self):
+        return list(self.layers.layer)
 
     def forward(self, tokens):
         return self.layers(tokens)[0]  # (B, N, D) -> (B, N, F)
@@ -791,6 +809,58 @@ def make_schedule(optimizer, args, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many processes: each has its share of the samples, every one works out the same loss on all of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def processes():
+    """This process's number and how many there are: (rank, G), (0, 1) without torchrun."""
+    there_are = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there_are else (0, 1)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes, on each. So is its derivative, which can be derived again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.apply(gradient)
+
+
+def share(x):
+    """The rows of x (n, ...) that this process works on: every G-th, as `data.Split.batches` deals them out."""
+    rank, world = processes()
+    return x[rank::world]
+
+
+def gather(x, n=None):
+    """What `share` dealt out, together in order, with a gradient: (n / G, ...) -> (n, ...). n: where G does not divide it.
+
+    A loss on the gathered rows is the loss on all samples, the same in every process. Backward, each process gets G times its
+    own rows' part of the gradient, and `average` makes the whole gradient of what all of them share, as for
+    DistributedDataParallel.
+    """
+    rank, world = processes()
+    if world == 1:
+        return x
+    rows = x.new_zeros(n or len(x) * world, *x.shape[1:])
+    rows[rank::world] = x
+    return SumOverProcesses.apply(rows)  # the others' rows are 0 here: the sum is exact
+
+
+def average(tensors):
+    """The means of tensors over the processes, with a gradient."""
+    world = processes()[1]
+    return list(tensors) if world == 1 else [SumOverProcesses.apply(x) / world for x in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Run keeping: processes, device, seeds, folder, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -900,6 +970,8 @@ class Run:
             write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
         if self.world > 1:
             torch.distributed.barrier()  # nobody writes what a slower process would take for an earlier run
+            if not (self.folder / "args.json").exists():
+                raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
         processes = f", {self.world} processes" * (self.world > 1)
         print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
         return True
@@ -920,14 +992,15 @@ class Run:
     def distribute(self, module):
         """On the device, and gradients averaged over the processes if there are several.
 
-        Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told.
+        Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told. Buffers are constants
+        (window indices): they need not be sent before every step.
         """
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         print(f"model   {trained / 1e6:.2f}M of {sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters train")
         module = module.to(self.device)
         if self.world == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def keep_stage1(self, rows, **modules):
         """A method's first stage is over: keep its weights and its rows of numbers, one row an epoch, in one file."""
@@ -958,6 +1031,7 @@ class Run:
         """Gradients travel between processes only on the micro-batch that an optimizer step follows."""
         return contextlib.nullcontext() if self.world == 1 or step_follows else module.no_sync()
 
+    @torch.compiler.set_stance("force_eager")  # its last batch is smaller: not worth compiling again
     @torch.no_grad()
     def evaluate(self, model, split, task):
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
@@ -1099,7 +1173,7 @@ class Run:
             raise UserError(
                 "--compile needs a C++ compiler (g++ or clang++), and none was found.\nInstall one, or leave --compile out."
             )
-        encoder.compile()
+        encoder.compile(dynamic=False)  # batches have one size: PaRe's 2 B, and B once k is 0
 
     def progress(self, items, total, label):
         """A bar over the steps, on the first process, where somebody watches."""

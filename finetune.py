@@ -49,6 +49,8 @@ class Args:
     """go on after the last finished epoch, exactly as if nothing had happened"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    checkpoint: bool = False
+    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
     epochs: int | None = None
     """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
@@ -137,6 +139,8 @@ def main(args):
     warming_epochs = max(1, round(args.epochs * args.warmup_share)) if args.mode == "warmup" else 0
 
     # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_blocks(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)

@@ -58,6 +58,8 @@ class Args:
     """go on after the last finished epoch, exactly as if nothing had happened"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    checkpoint: bool = False
+    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
     epochs: int | None = None
     """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
@@ -141,9 +143,12 @@ def uniformity(f):
 
 
 def outer_loss(encoder, theta, tokens_s, y_s):
-    """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars."""
-    features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B, n, F) -> (B, F)
-    f = F.normalize(features, dim=1)
+    """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars.
+
+    Pairs are of all samples: of G processes each has its share of the tokens, and all of the classes y_s.
+    """
+    features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B / G, n, F) -> (B / G, F)
+    f = common.gather(F.normalize(features, dim=1))  # (B, F)
     return alignment(f, y_s), uniformity(f)
 
 
@@ -154,16 +159,17 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     held constant,
 
         grad_e (lambda L_outer) = -lambda alpha grad_e <v, grad_theta L_inner>                                        exact
-                                = -lambda alpha (grad_e L_inner(theta_0 + c v) - grad_e L_inner(theta_0 - c v)) / 2c + O(c^2)
+                                = -lambda alpha (grad_e L_inner(theta_0 + c v) - grad_e L_inner(theta_0)) / c + O(c)
 
-    which a finite difference gets from two more gradients of the ordinary kind, at the memory of ordinary training. Taking
-    theta* for a constant (first-order MAML) leaves nothing of it: then stage 1 is embedder warm-up. The virtual step of
-    embedder and predictor does not enter.
+    which a finite difference gets from one more gradient of the ordinary kind, at the memory of ordinary training; in fp32,
+    |c v| = 0.0004 puts it off by 0.1 to 0.3 %, rounding and curvature together (docs/performance.md). Taking theta* for a
+    constant (first-order MAML) leaves nothing of it: then stage 1 is embedder warm-up. The virtual step of embedder and
+    predictor does not enter.
 
     Args:
         model: a common.Model; its encoder is left untouched, bit for bit.
         loss: (out, y) -> scalar. x_t, y_t: a target batch.
-        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes.
+        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes. Of G processes each gives its share.
         inner_lr, lambda_: alpha and lambda.
         gradient: "finite-difference", "exact" or "first-order".
     Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (4,):
@@ -174,18 +180,21 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     exact = gradient == "exact"
     embedded = model.embedder(x_t)  # (B, N, D)
     tokens = embedded if exact else embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once
+    y_t, y_s = common.gather(y_t), common.gather(y_s)  # losses are of the batches of all processes
 
     def inner_loss(theta):
-        return loss(model.predictor(functional_call(model.encoder, theta, (tokens,))), y_t)
+        return loss(common.gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
 
-    with sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():  # fused attention has no second derivative
+    # a difference of near numbers needs all their digits; fused attention has no second derivative
+    with torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():
         L_inner = inner_loss(theta)  # line 1
         g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()], create_graph=exact)
         g_h, g_theta = [part.detach() for part in g[: len(h)]], g[len(h) :]
         g_e = torch.autograd.grad(embedded, e, g_tokens.detach(), retain_graph=True)
         if gradient == "first-order":
             zero = torch.zeros_like(L_inner)
-            return list(g_e), g_h, torch.stack([L_inner.detach(), zero, zero, zero])
+            return common.average(g_e), common.average(g_h), torch.stack([L_inner.detach(), zero, zero, zero])
+        g_theta = common.average(g_theta)
         with contextlib.nullcontext() if exact else torch.no_grad():  # line 2
             theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}
         del g, g_theta  # each is as large as the encoder
@@ -195,17 +204,14 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         else:
             theta_star = {name: p.requires_grad_() for name, p in theta_star.items()}
             align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
-            v = torch.autograd.grad(align + uniform, list(theta_star.values()))
+            v = common.average(torch.autograd.grad(align + uniform, list(theta_star.values())))
             del theta_star
-            c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
-            sides = []
-            with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
-                for sign in (c, -c):
-                    moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
-                    sides += torch.autograd.grad(inner_loss(moved), tokens)
-                    del moved
-            outer = torch.autograd.grad(embedded, e, -lambda_ * inner_lr * (sides[0] - sides[1]) / (2 * c))
-    norm = lambda parts: torch.stack(torch._foreach_norm(list(parts))).norm()
+            c = 0.0004 / torch.stack(torch._foreach_norm(v)).norm()
+            moved = {name: p.detach() + c * d for (name, p), d in zip(theta.items(), v, strict=True)}
+            (g_moved,) = torch.autograd.grad(inner_loss(moved), tokens)
+            outer = torch.autograd.grad(embedded, e, -lambda_ * inner_lr * (g_moved - g_tokens) / c)
+    g_e, g_h, outer = (common.average(part) for part in (g_e, g_h, outer))
+    norm = lambda parts: torch.stack(torch._foreach_norm(parts)).norm()
     log = torch.stack([L_inner, align, uniform, norm(outer) / norm(g_e)]).detach()
     return [a + b for a, b in zip(g_e, outer, strict=True)], g_h, log
 
@@ -213,8 +219,8 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
 def meta_train(model, source, train, source_set, task, args, progress):
     """Stage 1: trains the embedder (and the predictor), never the encoder. Returns a row of numbers for each meta-epoch.
 
-    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Every process takes the same
-    steps on the same samples, so that many processes end exactly as one.
+    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Each process has its share of
+    both batches.
     """
     model.eval()
     trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
@@ -223,8 +229,8 @@ def meta_train(model, source, train, source_set, task, args, progress):
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = common.now(), torch.zeros(steps, 4, device=train.device)
-        batches = train.batches(steps, args.batch_size, args.seed, epoch)
-        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
+        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
             x_s, y_s = next(batches_s)
             with torch.no_grad():
@@ -273,6 +279,8 @@ def main(args):
 
     # ---- MoNA: stage 1, embedder and predictor
     net = model
+    if args.compile and args.gradient == "exact" and args.meta_epochs > 0:
+        raise data.UserError("--compile leaves no second derivative, which --gradient exact needs.\nLeave one of them out.")
     if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
         model.to(device)
         source.embedder.to(device)
@@ -280,6 +288,8 @@ def main(args):
         run.keep_stage1(rows, embedder=embedder, predictor=model.predictor)
 
     # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_blocks(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)

@@ -56,6 +56,8 @@ class Args:
     """go on after the last finished epoch, exactly as if nothing had happened"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    checkpoint: bool = False
+    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
     epochs: int | None = None
     """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
@@ -147,8 +149,9 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
             weight_decay, seed.
         progress: wraps the embedder epochs.
     Returns: a row for each embedder epoch: its number, the distance before its step, seconds.
-    Every process does the same on all samples, so that many processes align exactly as one.
+    Each process embeds its share of a problem's samples; all of them solve the whole problem, for all samples.
     """
+    parameters = list(embedder.parameters())
     lr = args.embedder_lr or (10 * args.lr if args.lr <= 1e-3 else args.lr)
     optimizer = common.make_optimizer(embedder, replace(args, lr=lr))
     decay = lambda epoch: 0.2 ** sum(epoch > milestone for milestone in (20, 40, 60))
@@ -169,13 +172,15 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
                 mass.append(torch.full((len(chosen),), len(members[c]) / len(chosen) / len(y_t)))  # a class weighs n_c / n
             index, mass = torch.cat(index), torch.cat(mass).to(u_s.device)
             # embedded again when gradients are due, 128 samples at a time: memory does not grow with the problem
-            u_t = torch.cat(
-                [checkpoint(embed, embedder, train, part, use_reentrant=False) for part in index.split(128)]
-            )  # (m, D)
+            parts = common.share(index).split(128)
+            u_t = torch.cat([checkpoint(embed, embedder, train, part, use_reentrant=False) for part in parts])  # (m / G, D)
+            u_t = common.gather(u_t, len(index))  # (m, D), of all G processes
             share = mass.sum()  # of the problem's classes
             loss = share * distance(args, u_s, y_s, u_t, y_t[index], mass, terms_s, generator)
             loss.backward()
             total += loss.detach()
+        for parameter, gradient in zip(parameters, common.average([p.grad for p in parameters]), strict=True):
+            parameter.grad = gradient
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -221,6 +226,8 @@ def main(args):
               f"{sum(row['seconds'] for row in rows):.0f} s")  # fmt: skip
 
     # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_blocks(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)

@@ -56,6 +56,8 @@ class Args:
     """go on after the last finished epoch, exactly as if nothing had happened"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    checkpoint: bool = False
+    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
     epochs: int | None = None
     """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
     n_train: int | None = None
@@ -262,6 +264,8 @@ def main(args):
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 
     # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_blocks(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
     optimizer = common.make_optimizer(net, args)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -65,6 +66,46 @@ def test_pictures_of_any_size_are_resized_and_shrinking_does_not_alias():
     stripes[..., ::2] = 1  # the finest stripes become even grey
     small = torch.nn.functional.interpolate(stripes, (32, 32), mode="bilinear", antialias=True)
     assert torch.allclose(embedder(stripes), embedder(small)) and small[..., 2:-2].std() < 0.01
+
+
+@pytest.mark.parametrize("name, width", [("tiny-swin", 64), ("tiny-roberta", 128)])
+def test_checkpointing_keeps_less_and_changes_no_gradient(name, width):
+    def saved_and_gradients(checkpointing):
+        encoder, saved = common.load_source(name).encoder.train(), []
+        if checkpointing:
+            common.checkpoint_blocks(encoder)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            loss = encoder(torch.randn(4, 64, width)).square().mean()
+        loss.backward()
+        return sum(saved), [p.grad for p in encoder.parameters()]
+
+    everything, expected = saved_and_gradients(False)
+    less, gradients = saved_and_gradients(True)
+    assert less < everything / 4 and all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True) if b is not None)
+
+
+def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
+    from torch._dynamo.testing import CompileCounter
+
+    import mona
+
+    counter, source = CompileCounter(), common.load_source("tiny-swin")
+    embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
+    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 10))
+    model.encoder.compile(dynamic=False, backend=counter)
+    x, y, tokens_s = torch.randn(4, 3, 60, 60), torch.arange(4), torch.randn(4, 64, 64)
+    loss = torch.nn.functional.cross_entropy
+    for _ in range(2):
+        loss(model(x), y).backward()
+        split = data.Split(x[:3].numpy(), y[:3].numpy(), 10, "toy", data.TASKS["spherical"], "cpu")
+        run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.no_grad)
+        common.Run.evaluate(run, model, split, data.TASKS["spherical"])  # another batch size: not compiled
+        model.train()
+    assert counter.frame_count == 1  # a graph break would make two
+    for _ in range(2):
+        mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y // 2, 0.1, 1.0)
+    assert counter.frame_count <= 4  # theta_0, theta* and theta_0 + c v differ in what needs a gradient
 
 
 def test_source_embedder_is_frozen_and_the_weights_are_small(tiny):

@@ -182,6 +182,11 @@ def test_a_source_without_influence_is_said(tmp_path, capsys):
     assert "Raise --inner-lr or --lambda" in capsys.readouterr().out
 
 
+def test_a_compiled_encoder_has_no_exact_gradient_and_says_so(script, tmp_path):
+    error = script("mona.py", *SHORT, "--compile", "--gradient", "exact", out=tmp_path, code=2)
+    assert "Leave one of them out" in error and "Traceback" not in error
+
+
 def test_mona_as_a_user_runs_it(script, tmp_path):
     options = [*SHORT[:-1], 2, "--meta-epochs", 2, "--lambda", 0.5, "--n-train", 128]
     said = script("mona.py", *options, out=tmp_path)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import common
 import data
+import pare
 
 
 def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, tmp_path):
@@ -82,6 +83,22 @@ def test_the_operator_that_the_bench_compares_with_makes_the_same_hard_choice():
     scores = torch.rand(3, 40)
     for k in (1, 7, 39):
         assert torch.equal(bench.n_softmaxes(scores, k).round(), bench.OPERATORS["threshold (ours)"](scores, k))
+
+
+def test_every_rung_of_the_bench_takes_a_step_and_two_passes_equal_the_stacked_one():
+    from tools import bench
+
+    device, ends = torch.device("cpu"), []
+    for method, ladder in (("pare", bench.LADDER), ("mona", ("finite difference",)), ("finetune", ())):
+        splits = bench.make_splits(method, device, 64)
+        batch = [part for split in splits for part in next(split.batches(1, 4, 0, 0))]
+        for have in ((), tuple(rung for rung in ladder if rung not in ("bf16", "compile"))):
+            args, step = bench.build(method, "tiny", have, device, pare.replace_patches)
+            ends.append([step(*batch).item() for _ in range(2)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)  # PaRe: one sample after the other, and all at once
+    assert ends[2] == pytest.approx(ends[3], rel=1e-4)  # MoNA: exact, and finite difference
+    loaded = next(iter(bench.loader(splits[0], 4, 1, 0, device)))
+    assert loaded[0].shape == batch[0].shape and loaded[0].dtype == batch[0].dtype
 
 
 def test_the_picture_of_the_idea_can_be_drawn_again(script, tmp_path):

@@ -1,23 +1,25 @@
-"""Claims about speed, each measured against what it is compared with, in one run; and what errors on PDE tasks compare with.
+"""Claims about speed, each measured against what it is compared with, in one run.
 
+    python tools/bench.py step        a training step of each method and stage, from the way the official codes run to ours
+    python tools/bench.py curve       the loss over the first 200 steps on both paths, as docs/fast-path.png
+    python tools/bench.py data        loading, and the projection of pictures onto the sphere
     python tools/bench.py topk        the relaxed top-k of PaRe's gate against the official code's N softmaxes
     python tools/bench.py distance    ORCA's distance between data sets against the way the official code works it out
     python tools/bench.py meta        MoNA's step of stage 1, by finite difference and exact, against a plain fine-tuning step
-    python tools/bench.py references  test errors of a mean, of the input and of a small specialist on the PDE tasks, tiny scale
 
-Every candidate for speed runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine
-favours one.
+Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
 """
 
-import contextlib
 import itertools
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,29 +31,46 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["topk", "distance", "meta", "references"], tyro.conf.Positional]
+    what: Annotated[Literal["step", "curve", "data", "topk", "distance", "meta"], tyro.conf.Positional]
     """what to measure"""
+    device: Literal["cuda", "cpu"] | None = None
+    """default: cuda if there is one"""
+    scale: Literal["tiny", "full"] = "tiny"
+    """step: full is Swin-B at 224 x 224 with random weights, on a CPU a matter of minutes a row"""
+    methods: tuple[str, ...] = ("pare", "orca", "mona", "finetune")
+    """step: which"""
+    steps: int | None = None
+    """step: how many are timed in a process. Default 20; full scale on a CPU: 1"""
+    workers: int = min(4, os.cpu_count())
+    """step, data: processes of the DataLoader"""
+    data_dir: str = "datasets"
+    """curve: where CIFAR-100 and Tiny-ImageNet lie"""
+    out: str = str(Path(__file__).resolve().parent.parent / "docs")
+    """curve: folder of the picture"""
     backbone: str = "tiny-swin"
     """meta: of the model. random:swin_base has the papers' size"""
-    batch_size: int = 32
-    """meta: of target and source"""
+    batch_size: int | None = None
+    """step, meta: of target and source. Default: the recipe's, 32"""
     samples: tuple[int, ...] = (1000, 5000)
     """distance: of the source"""
     rounds: int = 3
     """times each candidate runs, in turn; the median counts"""
-    data_dir: str = "datasets"
-    """references: where the official files are read from; missing ones are simulated"""
-    cache: str = "runs/cache"
-    """references: where simulated data are kept, the methods' own place"""
 
 
 if __name__ == "__main__":
     args = data.command_line(Args, __doc__)
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes started here, too
 
+import numpy as np
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import finetune
 import mona
+import orca
 import pare
 
 
@@ -224,8 +243,6 @@ def one_distance(name, n, D):
 
 
 def distance(args):
-    import numpy as np
-
     print("OTDD and its gradient, 10 source classes, 128 target samples of one class,", machine())
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(
@@ -298,14 +315,14 @@ def one_meta_step(way, backbone, B):
 
 
 def meta(args):
-    ways = ("fine-tuning step", "first-order", "finite-difference", "exact")
+    ways, B = ("fine-tuning step", "first-order", "finite-difference", "exact"), args.batch_size or 32
     results = {way: [] for way in ways}
     context = multiprocessing.get_context("spawn")
     for _ in range(args.rounds):
         for way in ways:
             with context.Pool(1) as pool:
-                results[way].append(pool.apply(one_meta_step, (way, args.backbone, args.batch_size)))
-    print(f"A step of MoNA's stage 1 and one of fine-tuning, {args.backbone}, batch {args.batch_size}, fp32,", machine())
+                results[way].append(pool.apply(one_meta_step, (way, args.backbone, B)))
+    print(f"A step of MoNA's stage 1 and one of fine-tuning, {args.backbone}, batch {B}, fp32,", machine())
     print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
     print(
         "| step | seconds | times a fine-tuning step | MB above the model | times a fine-tuning step |\n|---|---|---|---|---|"
@@ -319,80 +336,304 @@ def meta(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What errors on PDE tasks compare with
+# Training steps
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class Fourier(torch.nn.Module):
-    """A small Fourier neural operator (Li et al. 2021) in one or two dimensions: v <- v + gelu(W v + F^-1 R F v), three times.
-
-    R is a complex matrix for each of the lowest frequencies. They are so few that the transform F is a product with their
-    waves, axis by axis. Places are additional inputs.
-    """
-
-    def __init__(self, task, width=16, modes=12, layers=3):
-        super().__init__()
-        self.space, self.output, self.layers = task.shape[1:], task.output, layers
-        frequencies = [torch.arange(-modes, modes), torch.arange(modes)][-len(self.space) :]
-        R = torch.randn(layers, width, width, *map(len, frequencies), 2) / width
-        self.R = torch.nn.Parameter(R)
-        self.waves = [
-            torch.exp(-2j * torch.pi * torch.arange(n)[:, None] * k / n) for n, k in zip(self.space, frequencies, strict=True)
-        ]
-        conv = torch.nn.Conv1d if len(self.space) == 1 else torch.nn.Conv2d
-        self.W = torch.nn.ModuleList(conv(width, width, 1) for _ in range(layers))
-        self.lift, self.project = conv(task.shape[0] + len(self.space), width, 1), conv(width, 1, 1)
-
-    def forward(self, x):
-        places = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in self.space), indexing="ij"))
-        v = self.lift(torch.cat([x, places.expand(len(x), *places.shape)], 1))  # (B, width, *space)
-        for R, W in zip(torch.view_as_complex(self.R), self.W, strict=True):
-            f = v.to(R.dtype)
-            for axis, wave in enumerate(self.waves, 2):
-                f = (f.movedim(axis, -1) @ wave / len(wave)).movedim(-1, axis)
-            f = torch.einsum("bi...,io...->bo...", f, R)  # (B, width, modes)
-            for axis, wave in enumerate(self.waves, 2):
-                f = (f.movedim(axis, -1) @ wave.conj().T).movedim(-1, axis)
-            v = v + torch.nn.functional.gelu(W(v) + f.real)
-        return self.project(v).reshape(-1, *self.output)  # (B, 1, *space) -> (B, *output)
+LADDER = ("bf16", "fused attention", "compile", "data on the device", "stacked pass")  # one after the other, added up
+FIRST = "fp32, eager, DataLoader"
+METHODS = {"pare": pare, "orca": orca, "mona": mona, "finetune": finetune}
+PARTS = {"pare": "pare", "orca": "orca, stage 1", "mona": "mona, stage 1", "finetune": "finetune, stage 2 of orca and mona"}
 
 
-def specialist(loaded, epochs=10, batch_size=10):
-    """Test predictions of a Fourier operator trained on the task's loss with AdamW, 2e-3 falling to 0 linearly."""
+class Samples(torch.utils.data.Dataset):
+    """A split as a DataLoader wants it: one sample at a time, prepared on the CPU."""
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        index, u = torch.tensor([i]), torch.rand(1, self.split.draws)
+        return self.split.inputs(index, u)[0], self.split.targets(index)[0]
+
+
+def make_splits(method, device, n=2048, classes=100):
+    """Random pictures in the shapes of the task spherical and of the method's source: two data.Split."""
+    rng, task = np.random.default_rng(0), data.TASKS["spherical"]
+    splits = []
+    for like in (task, data.PROXIES["tiny_imagenet" if method == "pare" else "cifar10"]):
+        K = min(classes, like.output[0])
+        x, y = rng.integers(0, 256, (n, *like.shape), dtype=np.uint8), np.arange(n) % K
+        splits.append(data.Split(x, y, K, "toy", like, device))
+    return splits
+
+
+def loader(split, batch_size, steps, workers, device):
+    """Batches as the official codes get them: fetched by sample, put together, copied to the device."""
+    drawn = torch.utils.data.RandomSampler(Samples(split), replacement=True, num_samples=batch_size * steps)
+    batches = torch.utils.data.DataLoader(
+        Samples(split), batch_size, sampler=drawn, num_workers=workers, pin_memory=device.type == "cuda"
+    )
+    return ((x.to(device), y.to(device)) for x, y in batches)
+
+
+def in_two_passes(net, x, tokens_s, k, mix):
+    """PaRe's forward the way the official code goes: the unmixed samples, then the mixed ones."""
+    tokens_t = net.model.embedder(x)
+    out = net.model.predictor(net.model.encoder(tokens_t))
+    features = net.model.encoder(mix(tokens_t, tokens_s, net.gate(tokens_t), net.gate(tokens_s), k))
+    return out, net.model.predictor(features), net.predictor_s(features)
+
+
+def one_by_one(tokens_t, tokens_s, scores_t, scores_s, k):
+    """A Python loop over the samples, as in the official code from its tenth epoch on, when the gate has stopped training."""
+    each = zip(*(part.split(1) for part in (tokens_t, tokens_s, scores_t, scores_s)), strict=True)
+    return torch.cat([pare.replace_as_released(*sample, k) for sample in each])
+
+
+def build(method, scale, have, device, mix=one_by_one):
+    """A model and its step: args, step(x, y, x_s, y_s) -> loss. `have`: what of the LADDER is in it."""
     torch.manual_seed(0)
-    net, train, test = Fourier(loaded.task), loaded.train, loaded.test
-    steps = len(train) // batch_size
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * steps)
-    for epoch in range(epochs):
-        for x, y in train.batches(steps, batch_size, 0, epoch):
-            loaded.task.loss(net(x), y).backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    with torch.no_grad():
-        return torch.cat([net(test.inputs(part)) for part in torch.arange(len(test)).split(batch_size)])
+    args = METHODS[method].Args(scale=scale, backbone="tiny-swin" if scale == "tiny" else "random:swin_base")
+    args = data.complete(args, method, scale)
+    source = common.load_source(args.backbone)
+    for module in source.encoder.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = "fused attention" in have
+    embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
+    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 100)).to(device)
+    source.embedder.to(device)
+    if "compile" in have:
+        model.encoder.compile(dynamic=False)
+    loss, bf16 = nn.functional.cross_entropy, "bf16" in have
+    if method == "pare":
+        net = pare.PaRe(model, pare.Gate(source.token_width), common.ClassPredictor(source.feature_width, 200)).to(device)
+        k = round(args.k_begin / 2 * embedder.tokens)
+        k = min(k, source.embedder(torch.zeros(1, 3, 64, 64, device=device)).shape[1])
+    else:
+        net = nn.ModuleList([embedder, model.predictor]) if method == "mona" else model
+    optimizer = common.make_optimizer(net, args)
+
+    def step(x, y, x_s, y_s):
+        if method == "mona":  # stage 1
+            with torch.no_grad():
+                tokens_s = source.embedder(x_s)
+            way = "finite-difference" if "finite difference" in have else "exact"
+            g_e, g_h, log = mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y_s, args.inner_lr, args.lambda_, way)
+            for parameter, gradient in zip(net.parameters(), g_e + g_h, strict=True):
+                parameter.grad = gradient
+            total = log[0]
+        else:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                if method != "pare":
+                    out = net(x)
+                else:
+                    tokens_s = source.embedder(x_s)
+                    stacked = "stacked pass" in have
+                    out, out_m, out_ms = net(x, tokens_s, k) if stacked else in_two_passes(net, x, tokens_s, k, mix)
+            total = loss(out.float(), y)
+            if method == "pare":
+                total = total + 0.5 * loss(out_m.float(), y) + 0.5 * loss(out_ms.float(), y_s)
+            total.backward()
+        if args.clip > 0:
+            nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total.detach()
+
+    return args, step
 
 
-def references(args):
-    """The errors that a method has to beat, on the test set of the tiny scale."""
-    print(f"Test errors, tiny scale, {machine()}\n")
-    print("| task | data | metric | the mean | the input | Fourier operator | its seconds |\n|---|---|---|---|---|---|---|")
-    for task in (task for task in data.TASKS.values() if task.simulate):
-        with contextlib.redirect_stdout(sys.stderr):
-            loaded = data.load(task.name, args.data_dir, args.cache, "tiny")
-        train, test = loaded.train, loaded.test
-        index = torch.arange(len(test))
-        y = test.targets(index)
-        same = test.inputs(index)[:, 0].reshape(y.shape)  # darcy: the normalised coefficient taken for the normalised pressure
-        mean = (train.y.mean(0) * (task.name != "darcy")).expand_as(y)  # darcy's score adds the mean itself
-        errors = [loaded.task.score(out.numpy(), y.numpy()) for out in (mean, same)]
+def most_arithmetic(device, dtype):
+    """Operations a second of a large matrix product: the machine's peak, as far as it can be had."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(8):
         start = time.perf_counter()
-        errors.append(loaded.task.score(specialist(loaded).numpy(), y.numpy()))
-        seconds, columns = time.perf_counter() - start, " | ".join(f"{error:.4f}" for error in errors)
-        print(f"| {task.name} | {train.kind}, {len(train)} | {task.metric} | {columns} | {seconds:.0f} |", flush=True)
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def one_rung(method, scale, have, batch_size, timed, workers):
+    """Seconds a step, MB above the imports, operations a step, and the machine's peak in the same precision."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_device, warm = "data on the device" in have, 3
+    splits = make_splits(method, device if on_device else "cpu")
+    before = peak()
+    args, step = build(method, scale, have, device)
+    B, total = batch_size or args.batch_size, warm + timed
+    if on_device:
+        batches = [split.batches(total, B, 0, 0) for split in splits]
+    else:  # more than are timed: its processes end later
+        batches = [loader(split, B, total + 2 * workers, workers, device) for split in splits]
+    for i in range(total):
+        if i == warm:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("warn" if on_device else "default")  # our steps wait for nothing
+            start = time.perf_counter()
+        (x, y), (x_s, y_s) = map(next, batches)
+        step(x, y, x_s, y_s)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    seconds, memory = (time.perf_counter() - start) / timed, peak() - before
+    plain = tuple(name for name in have if name in ("stacked pass", "finite difference"))
+    with FlopCounterMode(display=False) as counter:  # eager and not fused: every product is seen
+        build(method, scale, plain, device)[1](x, y, x_s, y_s)
+    dtype = torch.bfloat16 if "bf16" in have else torch.float32
+    return B, seconds, memory, counter.get_total_flops(), most_arithmetic(device, dtype)
+
+
+def one_alignment(way, scale, timed):
+    """ORCA's stage 1 on ten target classes: seconds an embedder epoch, MB above the imports."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = data.complete(orca.Args(scale=scale, backbone="tiny-swin" if scale == "tiny" else "random:swin_base"), "orca", scale)
+    train, source_set = (make_splits("orca", device, n, 10)[side] for side, n in ((0, 2048), (1, args.source_samples)))
+    source = common.load_source(args.backbone)
+    embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy").to(device)
+    source.embedder.to(device)
+    everything, before = torch.arange(len(source_set), device=device), peak()
+    with torch.no_grad():
+        u_s = torch.cat([orca.embed(source.embedder, source_set, part) for part in everything.split(128)])
+    if way == "ours":
+        rows = orca.align(embedder, u_s, source_set.y, train, train.y, replace(args, embedder_epochs=1 + timed))
+        return 10 * args.max_samples, statistics.median(row["seconds"] for row in rows[1:]), peak() - before
+    optimizer = common.make_optimizer(embedder, args)
+    times = []
+    for _ in range(timed):
+        start = time.perf_counter()
+        for c in range(10):  # class by class, the whole distance again for each
+            drawn = torch.nonzero(train.y == c)[: args.max_samples, 0].cpu()
+            one_class = torch.utils.data.Subset(Samples(train), drawn.tolist())
+            batches = torch.utils.data.DataLoader(one_class, 32)
+            u_t = torch.cat([embedder(x.to(device)).mean(1) for x, _ in batches])
+            (0.1 * plain_otdd(u_s, source_set.y, u_t, torch.zeros(len(u_t), dtype=torch.long, device=device))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 10 * args.max_samples, statistics.median(times), peak() - before
+
+
+def steps(args):
+    """The table. Rounds go through all rungs in turn, each in a process of its own."""
+    cuda = torch.cuda.is_available()
+    timed = args.steps or (1 if args.scale == "full" and not cuda else 20)
+    jobs = {}  # (part, rung) -> function, arguments
+    for method in args.methods:
+        if method == "orca":
+            for way in ("the official way", "ours"):
+                jobs[PARTS[method], way] = one_alignment, (way, args.scale, min(timed, 3))
+            continue
+        have = ()
+        rungs = {"pare": LADDER, "mona": ("finite difference", *LADDER[1:-1]), "finetune": LADDER[:-1]}[method]
+        for rung in (FIRST, *rungs):  # stage 1 of MoNA takes the difference of near numbers: no bf16
+            label = rung if rung == FIRST else f"+ {rung}"
+            with_it = have if rung == FIRST else (*have, rung)
+            jobs[PARTS[method], label] = one_rung, (method, args.scale, with_it, args.batch_size, timed, args.workers)
+            if not cuda and rung in ("bf16", "fused attention"):  # the scripts do neither on a CPU
+                jobs[PARTS[method], f"{label} (dropped again)"] = jobs.pop((PARTS[method], label))
+            else:
+                have = with_it
+    results = {job: [] for job in jobs}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(args.rounds):
+        for job, (function, arguments) in jobs.items():
+            with ProcessPoolExecutor(1, context) as pool:  # its process may have children, the DataLoader's
+                results[job].append(pool.submit(function, *arguments).result())
+    print(f"Training steps, {args.scale} scale, DataLoader with {args.workers} workers,", machine())
+    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(
+        "| method | step | batch | samples/s | ms a step | peak MB | share of the peak | times the first |\n" + "|---" * 8 + "|"
+    )
+    first = {}
+    for (name, label), rows in results.items():
+        B, seconds, memory, *arithmetic = (statistics.median(column) for column in zip(*rows, strict=True))
+        taken = [1e3 * row[1] for row in rows]
+        share = f"{arithmetic[0] / seconds / arithmetic[1]:.0%}" if arithmetic else "-"
+        print(f"| {name} | {label} | {B:.0f} | {B / seconds:.1f} | {1e3 * seconds:.1f} ({min(taken):.1f} to {max(taken):.1f})",
+              f"| {memory:.0f} | {share} | {first.setdefault(name, seconds) / seconds:.2f} |", flush=True)  # fmt: skip
+
+
+def curve(args):
+    """PaRe's first 200 steps at the tiny scale from one start on the same batches: fp32 eager in two passes against ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train = data.load("spherical", args.data_dir, Path(args.out).parent / "runs/cache", "tiny", 5000, 0, device).train
+    source_set = data.load_proxy("tiny_imagenet", args.data_dir, "tiny", 5000, 0, device)
+    n, losses = args.steps or 200, {}
+    ways = {"fp32, eager, two passes": (), "compile, stacked": LADDER[2:], "compile, stacked, bf16": ("bf16", *LADDER[2:])}
+    for way, have in ways.items():
+        recipe, step = build("pare", "tiny", have, device, pare.replace_patches)
+        plans = (split.batches(n, recipe.batch_size, 0, 0) for split in (train, source_set))
+        losses[way] = torch.stack([step(*target, *source) for target, source in zip(*plans, strict=True)]).cpu()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True, layout="constrained", height_ratios=(2, 1))
+    reference = losses["fp32, eager, two passes"]
+    spread = (reference - torch.nn.functional.avg_pool1d(reference[None], 21, 1, 10, count_include_pad=False)[0]).std().item()
+    print(f"PaRe, {train.kind} data, {machine()}: {n} steps; the loss scatters by {spread:.4f} from batch to batch")
+    for way, loss in losses.items():
+        above.plot(loss, label=way, linewidth=1)
+        if loss is not reference:
+            off = loss - reference
+            below.plot(off, label=way, color=above.lines[-1].get_color(), linewidth=1)
+            print(f"{way:24} mean difference {off.mean():+.5f}, largest {off.abs().max():.5f},",
+                  f"last 50 steps {off[-50:].mean():+.5f}")  # fmt: skip
+    below.axhspan(-spread, spread, color="0.9", label="scatter from batch to batch")
+    above.set(
+        ylabel="loss", title=f"PaRe on spherical ({train.kind} data), tiny scale, {device.type}: the same batches on each path"
+    )
+    below.set(ylabel="difference", xlabel="step")
+    for axis in (above, below):
+        axis.legend(loc="upper right", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(Path(args.out) / "fast-path.png", dpi=110)
+    print(Path(args.out) / "fast-path.png")
+
+
+def loading(args):
+    """Batches of 32 prepared pictures of PaRe's source (random crops), and the projection onto the sphere: in turn."""
+    device, n = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 40
+    times = {
+        name: [] for name in ("load: DataLoader", "load: data on the device", "project: one by one", "project: 500 at once")
+    }
+
+    def take(name, count, work):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times[name].append(count / (time.perf_counter() - start))
+
+    on_cpu, on_device = make_splits("pare", "cpu")[1], make_splits("pare", device)[1]
+    images, turns = np.random.default_rng(0).integers(0, 256, (500, 3, 32, 32), dtype=np.uint8), data.random_rotations(500, 0)
+    for _ in range(args.rounds):
+        take("load: DataLoader", 32 * n, lambda: [None for _ in loader(on_cpu, 32, n, args.workers, device)])
+        take("load: data on the device", 32 * n, lambda: [None for _ in on_device.batches(n, 32, 0, 0)])
+        take(
+            "project: one by one",
+            100,
+            lambda: [data.project_to_sphere(images[i : i + 1], turns[i : i + 1]) for i in range(100)],
+        )
+        take("project: 500 at once", 500, lambda: data.project_to_sphere(images, turns))
+    print(
+        f"{args.workers} workers, {machine()}, median of {args.rounds}\n\n| what | pictures/s | times faster |\n|---|---|---|"
+    )
+    for name, rates in times.items():
+        slow = statistics.median(times["load: DataLoader" if "load" in name else "project: one by one"])
+        print(f"| {name} | {statistics.median(rates):.0f} | {statistics.median(rates) / slow:.1f} |")
 
 
 if __name__ == "__main__":
-    ways = {"topk": topk, "distance": distance, "meta": meta, "references": references}
-    data.guarded(ways[args.what], args)
+    what = {"step": steps, "curve": curve, "data": loading, "topk": topk, "distance": distance, "meta": meta}
+    data.guarded(what[args.what], args)

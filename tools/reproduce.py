@@ -3,7 +3,7 @@
 python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
 python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
 
-A method is a file, a mode of finetune.py, a variant of one of them (METHODS below), or a reference from scikit-learn.
+A method is a file, a mode of finetune.py, a variant of one of them (METHODS below), or a reference (references.py).
 """
 
 import contextlib
@@ -20,8 +20,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,7 +38,7 @@ METHODS = {
     "naive-random": "finetune.py --mode naive --init random",
     "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: as many samples through the encoder as PaRe in 12
 }
-REFERENCES = ("boosting", "logistic")  # scikit-learn, on the raw values of the same training samples; for classes
+REFERENCES = ("boosting", "logistic", "mean", "input", "fourier")  # tools/references.py; those that fit the task
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
            "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
 
@@ -106,12 +104,9 @@ def start(args, task, method, seed, device):
     return True
 
 
-def refer(args, task, method, seed):
-    """A reference of scikit-learn on the same split: gradient boosting, or logistic regression on standardised values."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def measure(args, task, method, seed):
+    """A reference on the same split, unless it is finished or does not fit the task."""
+    from tools import references
 
     out = Path(args.out_dir) / f"{task}-{method}-s{seed}"
     if (out / "result.json").exists():
@@ -119,20 +114,13 @@ def refer(args, task, method, seed):
     began, n = time.perf_counter(), args.n_train or (data.TINY.n_train if args.scale == "tiny" else None)
     with contextlib.redirect_stdout(sys.stderr):
         loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
-    if loaded.task.target != "class":
-        raise data.UserError(f"{method} is a reference for classes; {task} has none.\nLeave it out of --methods.")
-    (x, y), (x_test, y_test) = (
-        (part.inputs(slice(None)).flatten(1).numpy(), part.targets(slice(None)).numpy()) for part in (loaded.train, loaded.test)
-    )
-    logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model = HistGradientBoostingClassifier(random_state=seed) if method == "boosting" else logistic
-    scores = np.log(model.fit(x, y).predict_proba(x_test) + 1e-12)  # (n, K): the metric takes logits
-    error = float(loaded.task.score(scores, y_test))
-    row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
-           "data": loaded.train.kind, "scale": args.scale, "n_train": len(y),
-           "seconds": time.perf_counter() - began}  # fmt: skip
-    out.mkdir(parents=True)
-    (out / "result.json").write_text(json.dumps(row))
+    error = references.refer(method, loaded, seed)
+    if error is not None:
+        row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
+               "data": loaded.train.kind, "scale": args.scale, "n_train": len(loaded.train),
+               "seconds": time.perf_counter() - began}  # fmt: skip
+        out.mkdir(parents=True)
+        (out / "result.json").write_text(json.dumps(row))
     return True
 
 
@@ -217,7 +205,7 @@ def main(args):
     def run(task, method, seed):
         device = devices.get()
         try:
-            return refer(args, task, method, seed) if method in REFERENCES else start(args, task, method, seed, device)
+            return measure(args, task, method, seed) if method in REFERENCES else start(args, task, method, seed, device)
         finally:
             devices.put(device)
 
