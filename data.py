@@ -929,7 +929,7 @@ def pde_fields(train, test, normalise=False):
     return train, test, {}
 
 
-def simulate(name, finish, tokens, cache, scale, n_train, as_released, device):
+def simulate(name, finish, cache, scale, n_train, as_released, device, tokens=512):
     """Training and test set of a PDE task, solved by pde.py and kept under `cache` as two float32 arrays each.
 
     Full scale: as many solutions as the official files have. Tiny: a coarser grid (the task's shape changes), at most 1000 for
@@ -938,7 +938,7 @@ def simulate(name, finish, tokens, cache, scale, n_train, as_released, device):
     Args:
         name: of pde.SETS.
         finish: raw fields -> prepared ones and what of the task they change; the same as for the official files.
-        tokens: 1D: the most tokens of the task; the tiny scale cuts its shorter sequences into fewer.
+        tokens: 1D: the task's; the tiny scale cuts its shorter sequences into fewer.
     Returns: as a task's `read`. A run that is killed meanwhile loses the set it was at.
     """
     from tqdm import tqdm
@@ -967,7 +967,7 @@ def simulate(name, finish, tokens, cache, scale, n_train, as_released, device):
         splits.append(kept(cache, key, what, functools.partial(make, split)))
     train, test, changes = finish(*splits)
     changes |= {"shape": train[0].shape[1:], "output": train[1].shape[1:]}
-    if scale == "tiny" and tokens:
+    if scale == "tiny":
         changes["tokens"] = min(tokens, SIMULATED_TOKENS)
     return train, test, "simulated", changes
 
@@ -1659,7 +1659,8 @@ def pdebench(name, about, shape, output, recipe, loss=nrmse, tokens=512, y_test=
     return Task(
         name, about, shape, "field", output, read, None, ((name,),),
         both(replace(recipe, **TEXT), **SEQUENCE) if len(shape) == 2 else both(recipe, **DENSE),
-        loss=loss, score=score_of(nrmse), metric="nRMSE", tokens=tokens, simulate=functools.partial(simulate, name, finish, tokens if len(shape) == 2 else None),
+        loss=loss, score=score_of(nrmse), metric="nRMSE", tokens=tokens,
+        simulate=functools.partial(simulate, name, finish, tokens=tokens),
         read_released=functools.partial(read, y_test=y_test) if y_test else None,
     )  # fmt: skip
 
@@ -1683,7 +1684,7 @@ TASKS = {
             "darcy", "flow through a porous medium", (3, 85, 85), "field", (85, 85), read_darcy, None,
             (("darcy_train",), ("darcy_test",)), both(published("adamw", 1e-3, 5e-3, 4, 100), **DENSE),
             loss=relative_l2, score=score_of(relative_l2), metric="rel. L2",
-            simulate=functools.partial(simulate, "darcy", darcy_fields, None),
+            simulate=functools.partial(simulate, "darcy", darcy_fields),
         ),
         Task(
             "psicov", "distances in a protein, from its sequence", (57, SIDE, SIDE), "field", (SIDE, SIDE), read_psicov,
