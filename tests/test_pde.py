@@ -489,6 +489,21 @@ def test_coefficients_are_the_benchmarks():
     assert abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05
 
 
+def test_the_gaussian_field_of_darcy_has_its_covariance():
+    """Two places of a Gaussian field with correlation r have one sign with probability 1/2 + asin(r) / pi."""
+    n = 16
+    a, _ = pde.darcy_nas(np.random.default_rng(0), 2500, n, "cpu", False, False)
+    at = [(0, 0), (0, 1), (3, 8), (4, 8), (8, 8), (15, 15)]
+    wave = lambda k, i: 1.0 if k == 0 else math.sqrt(2) * math.cos(math.pi * k * (i + 0.5) / n)
+    modes = [(k, m) for k in range(n) for m in range(n) if k + m > 0]
+    product = [[wave(k, i) * wave(m, j) / (math.pi**2 * (k * k + m * m) + 9) for k, m in modes] for i, j in at]
+    covariance = np.array(product) @ np.array(product).T
+    r = covariance / np.sqrt(np.outer(covariance.diagonal(), covariance.diagonal()))
+    high = np.array([(a[:, i, j] == 12).numpy() for i, j in at])
+    same = (high[:, None] == high[None]).mean(2)
+    assert np.allclose(same, 0.5 + np.arcsin(r.clip(-1, 1)) / np.pi, atol=0.03)
+
+
 def later(name, test, released, n=None):
     (x, y), *_ = pde.simulate(name, 4, n or {"darcy": 33, "diffusion_reaction2d": 16}.get(name, 64), 1, test, released)
     return x, y
