@@ -416,7 +416,8 @@ def test_the_round_dam_break_equals_a_solution_in_the_plane():
     assert errors[1] < 0.22 and orders(errors)[0] > 0.5, errors  # the crude one comes nearer
     assert np.allclose(y, y.T) and np.allclose(y, y[::-1]) and np.allclose(y, y[:, ::-1])
     edge = np.concatenate([y[0], y[-1], y[:, 0], y[:, -1]])
-    assert np.allclose(edge, 1, atol=1e-6) and set(np.unique(x)) == {1, 2}  # the wave has not come to the walls
+    assert np.allclose(edge, 1, atol=1e-6)  # the wave has not come to the walls
+    assert abs((x - 1).sum() - np.pi * radius**2 / 25 * 64**2) < 8 and set(np.unique(x)) == {1, 2}  # the disc it comes from
     assert abs(y.mean() - 1 - np.pi * radius**2 / 25) < 2e-4  # no water is lost
 
 
@@ -565,6 +566,8 @@ def test_the_tiny_scale_has_a_coarser_grid_and_as_many_samples_as_are_asked_for(
     assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (900, 100, 200) and loaded.task.shape == (1, 256)
     few = data.load("burgers1d", tmp_path, tmp_path, "tiny", n_train=40)
     assert (len(few.train), len(few.test)) == (40, 45)
+    for name, shape in {"darcy": (3, 85, 85), "advection1d": (1, 256), "darcy2d": (1, 64, 64)}.items():
+        assert data.load(name, tmp_path, tmp_path, "tiny", n_train=9).task.shape == shape
 
 
 def test_simulated_data_are_kept_and_another_version_or_option_is_solved_anew(tmp_path, monkeypatch, capsys):
