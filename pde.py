@@ -488,18 +488,19 @@ class Set:
     every: int  # each how many-th of them is kept
     tiny: int  # cells in a row at the tiny scale, all kept
     samples: tuple[int, int] = (9000, 1000)  # training, test
+    space: int = 1  # dimensions
 
 
 SETS = {
-    "darcy": Set(darcy_nas, 421, 5, 85, (1000, 100)),
+    "darcy": Set(darcy_nas, 421, 5, 85, (1000, 100), 2),
     "advection1d": Set(advection1d, 1024, 4, 256),
     "burgers1d": Set(burgers1d, 1024, 1, 256),
     "diffusion_reaction1d": Set(diffusion_reaction1d, 1024, 1, 256),
     "diffusion_sorption1d": Set(diffusion_sorption1d, 1024, 1, 256),
     "navier_stokes1d": Set(navier_stokes1d, 1024, 1, 256),
-    "darcy2d": Set(darcy2d, 128, 2, 64),
-    "shallow_water2d": Set(shallow_water2d, 128, 1, 64, (900, 100)),
-    "diffusion_reaction2d": Set(diffusion_reaction2d, 128, 1, 64, (900, 100)),
+    "darcy2d": Set(darcy2d, 128, 2, 64, (9000, 1000), 2),
+    "shallow_water2d": Set(shallow_water2d, 128, 1, 64, (900, 100), 2),
+    "diffusion_reaction2d": Set(diffusion_reaction2d, 128, 1, 64, (900, 100), 2),
 }
 
 
@@ -511,11 +512,12 @@ def simulate(name, samples, n, every=1, test=False, released=False, device="cpu"
         test: the test set, which has draws of its own.
         released: as in the official files, mistakes included.
     """
-    piece = max(1, 2**18 // n ** (2 if name.endswith("2d") or name == "darcy" else 1))  # 2 MB an array, for the cache
+    of = SETS[name]
+    piece = max(1, 2**18 // n**of.space)  # 2 MB an array, for the cache
     for i in range(0, samples, piece):
         rng = np.random.default_rng([zlib.crc32(name.encode()), test, i // piece])
-        fields = SETS[name].draw(rng, min(piece, samples - i), n, torch.device(device), released, test)
-        yield tuple(u[:, *(slice(None, None, every),) * (u.ndim - 1)].float().cpu().numpy() for u in fields)
+        fields = of.draw(rng, min(piece, samples - i), n, torch.device(device), released, test)
+        yield tuple(u[:, *(slice(None, None, every),) * of.space].float().cpu().numpy() for u in fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

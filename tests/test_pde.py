@@ -416,7 +416,8 @@ def test_the_round_dam_break_equals_a_solution_in_the_plane():
     assert errors[1] < 0.22 and orders(errors)[0] > 0.5, errors  # the crude one comes nearer
     assert np.allclose(y, y.T) and np.allclose(y, y[::-1]) and np.allclose(y, y[:, ::-1])
     edge = np.concatenate([y[0], y[-1], y[:, 0], y[:, -1]])
-    assert np.allclose(edge, 1, atol=1e-6) and set(np.unique(x)) == {1, 2}  # the wave has not come to the walls
+    assert np.allclose(edge, 1, atol=1e-6)  # the wave has not come to the walls
+    assert abs((x - 1).sum() - np.pi * radius**2 / 25 * 64**2) < 8 and set(np.unique(x)) == {1, 2}  # the disc it comes from
     assert abs(y.mean() - 1 - np.pi * radius**2 / 25) < 2e-4  # no water is lost
 
 
@@ -489,6 +490,21 @@ def test_coefficients_are_the_benchmarks():
     assert abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05
 
 
+def test_the_gaussian_field_of_darcy_has_its_covariance():
+    """Two places of a Gaussian field with correlation r have one sign with probability 1/2 + asin(r) / pi."""
+    n = 16
+    a, _ = pde.darcy_nas(np.random.default_rng(0), 2500, n, "cpu", False, False)
+    at = [(0, 0), (0, 1), (3, 8), (4, 8), (8, 8), (15, 15)]
+    wave = lambda k, i: 1.0 if k == 0 else math.sqrt(2) * math.cos(math.pi * k * (i + 0.5) / n)
+    modes = [(k, m) for k in range(n) for m in range(n) if k + m > 0]
+    product = [[wave(k, i) * wave(m, j) / (math.pi**2 * (k * k + m * m) + 9) for k, m in modes] for i, j in at]
+    covariance = np.array(product) @ np.array(product).T
+    r = covariance / np.sqrt(np.outer(covariance.diagonal(), covariance.diagonal()))
+    high = np.array([(a[:, i, j] == 12).numpy() for i, j in at])
+    same = (high[:, None] == high[None]).mean(2)
+    assert np.allclose(same, 0.5 + np.arcsin(r.clip(-1, 1)) / np.pi, atol=0.03)
+
+
 def later(name, test, released, n=None):
     (x, y), *_ = pde.simulate(name, 4, n or {"darcy": 33, "diffusion_reaction2d": 16}.get(name, 64), 1, test, released)
     return x, y
@@ -550,6 +566,8 @@ def test_the_tiny_scale_has_a_coarser_grid_and_as_many_samples_as_are_asked_for(
     assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (900, 100, 200) and loaded.task.shape == (1, 256)
     few = data.load("burgers1d", tmp_path, tmp_path, "tiny", n_train=40)
     assert (len(few.train), len(few.test)) == (40, 45)
+    for name, shape in {"darcy": (3, 85, 85), "advection1d": (1, 256), "darcy2d": (1, 64, 64)}.items():
+        assert data.load(name, tmp_path, tmp_path, "tiny", n_train=9).task.shape == shape
 
 
 def test_simulated_data_are_kept_and_another_version_or_option_is_solved_anew(tmp_path, monkeypatch, capsys):
