@@ -29,3 +29,12 @@ def test_a_task_of_ones_own_made_as_in_readme(tmp_path):
     )
     (folder,) = [path.parent for path in tmp_path.glob("runs/mine-orca-tiny-roberta-s0*/result.json")]
     assert result(folder)["n_train"] == 81
+
+
+def test_every_equation_is_on_the_line_that_the_table_names():
+    rows = re.findall(r"\| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \| `(.+)` \|", README)
+    assert len(rows) > 20
+    for file, number, link, anchor, code in rows:
+        lines = (ROOT / file).read_text().splitlines()
+        now = [n for n, line in enumerate(lines, 1) if code in line]
+        assert (file, number) == (link, anchor) and int(number) in now, f"{file}: {code!r} is on line {now}, README says {number}"
