@@ -65,7 +65,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import common
 import finetune
@@ -446,6 +447,19 @@ def build(method, scale, have, device, mix=one_by_one):
     return args, step
 
 
+class Operations(TorchDispatchMode):
+    """Counts the multiplications and additions of matrix products and convolutions. (torch's FlopCounterMode, which also tells
+    the modules apart, cannot follow torch.autograd.grad.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function.overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def most_arithmetic(device, dtype):
     """Operations a second of a large matrix product: the machine's peak, as far as it can be had."""
     n = 8192 if device.type == "cuda" else 2048
@@ -484,10 +498,10 @@ def one_rung(method, scale, have, batch_size, timed, workers):
         torch.cuda.synchronize()
     seconds, memory = (time.perf_counter() - start) / timed, peak() - before
     plain = tuple(name for name in have if name in ("stacked pass", "finite difference"))
-    with FlopCounterMode(display=False) as counter:  # eager and not fused: every product is seen
+    with Operations() as counter:  # eager and not fused: every product is seen
         build(method, scale, plain, device)[1](x, y, x_s, y_s)
     dtype = torch.bfloat16 if "bf16" in have else torch.float32
-    return B, seconds, memory, counter.get_total_flops(), most_arithmetic(device, dtype)
+    return B, seconds, memory, counter.total, most_arithmetic(device, dtype)
 
 
 def one_alignment(way, scale, timed):
