@@ -58,14 +58,14 @@ def test_every_rung_of_the_bench_takes_a_step_and_two_passes_equal_the_stacked_o
         splits = bench.make_splits(method, device, 64)
         batch = [part for split in splits for part in next(split.batches(1, 4, 0, 0))]
         for have in ((), tuple(rung for rung in ladder if rung not in ("bf16", "compile"))):
-            args, step = bench.build(method, "tiny", have, device, pare.replace_patches)
+            _, _, step = bench.build(method, "tiny", have, device, pare.replace_patches)
             with bench.Operations() as counter:
                 ends.append([step(*batch).item() for _ in range(2)])
             counts.append(counter.total)
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)  # PaRe: one sample after the other, and all at once
     assert ends[2] == pytest.approx(ends[3], rel=1e-4)  # MoNA: exact, and finite difference
     assert counts[0] == pytest.approx(counts[1], rel=0.01)  # the same arithmetic, stacked or not
-    assert 2.2 < counts[3] / counts[4] < 2.8 and 1.9 < counts[0] / counts[4] < 2.1  # in steps of fine-tuning
+    assert 2.9 < counts[3] / counts[4] < 3.5 and 1.9 < counts[0] / counts[4] < 2.1  # in steps of fine-tuning
     loaded = next(iter(bench.loader(splits[0], 4, 1, 0, device)))
     assert loaded[0].shape == batch[0].shape and loaded[0].dtype == batch[0].dtype
 
