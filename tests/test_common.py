@@ -105,7 +105,7 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
     assert counter.frame_count == 1  # a graph break would make two
     for _ in range(2):
         mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y // 2, 0.1, 1.0)
-    assert counter.frame_count <= 4  # theta_0, theta* and theta_0 + c v differ in what needs a gradient
+    assert counter.frame_count <= 4  # theta_0, theta* and theta_0 +- c v differ in what needs a gradient
 
 
 def test_source_embedder_is_frozen_and_the_weights_are_small(tiny):

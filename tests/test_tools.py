@@ -88,15 +88,19 @@ def test_the_operator_that_the_bench_compares_with_makes_the_same_hard_choice():
 def test_every_rung_of_the_bench_takes_a_step_and_two_passes_equal_the_stacked_one():
     from tools import bench
 
-    device, ends = torch.device("cpu"), []
+    device, ends, counts = torch.device("cpu"), [], []
     for method, ladder in (("pare", bench.LADDER), ("mona", ("finite difference",)), ("finetune", ())):
         splits = bench.make_splits(method, device, 64)
         batch = [part for split in splits for part in next(split.batches(1, 4, 0, 0))]
         for have in ((), tuple(rung for rung in ladder if rung not in ("bf16", "compile"))):
-            args, step = bench.build(method, "tiny", have, device, pare.replace_patches)
-            ends.append([step(*batch).item() for _ in range(2)])
+            _, _, step = bench.build(method, "tiny", have, device, pare.replace_patches)
+            with bench.Operations() as counter:
+                ends.append([step(*batch).item() for _ in range(2)])
+            counts.append(counter.total)
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)  # PaRe: one sample after the other, and all at once
     assert ends[2] == pytest.approx(ends[3], rel=1e-4)  # MoNA: exact, and finite difference
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)  # the same arithmetic, stacked or not
+    assert 2.9 < counts[3] / counts[4] < 3.5 and 1.9 < counts[0] / counts[4] < 2.1  # in steps of fine-tuning
     loaded = next(iter(bench.loader(splits[0], 4, 1, 0, device)))
     assert loaded[0].shape == batch[0].shape and loaded[0].dtype == batch[0].dtype
 
