@@ -37,4 +37,4 @@ def test_every_equation_is_on_the_line_that_the_table_names():
     for file, number, link, anchor, code in rows:
         lines = (ROOT / file).read_text().splitlines()
         now = [n for n, line in enumerate(lines, 1) if code in line]
-        assert (file, number) == (link, anchor) and int(number) in now, f"{file}: {code!r} is on line {now}, README says {number}"
+        assert (file, number) == (link, anchor) and int(number) in now, f"{file}: {code!r} is on {now}, not {number}"
