@@ -1,5 +1,6 @@
 """The tests need no network, no GPU and no data: everything runs on toy pictures and on small files made here."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,6 +38,13 @@ def script(tmp_path_factory):
         return done.stderr if code else done.stdout
 
     return run
+
+
+def here(name, *command, out):
+    """The same in this process, which saves the imports: for what a process of its own has no part in."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    options = [*map(str, command), "--data-dir", str(out / "none"), "--out-dir", str(out)]
+    return module.main(tyro.cli(module.Args, args=options))
 
 
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 320, "--epochs", 3]

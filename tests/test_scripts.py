@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SHORT, result, rows, weights
+from conftest import METHODS, ROOT, SHORT, here, result, rows, weights
 from safetensors.torch import load_file
 
 NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
@@ -44,10 +44,10 @@ def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
 
 
 @pytest.mark.parametrize("mode", ["naive", "scratch", "frozen", "warmup", "probe"])
-def test_each_baseline_learns_and_trains_what_it_says(script, tmp_path, mode):
+def test_each_baseline_learns_and_trains_what_it_says(tmp_path, mode):
     import common
 
-    script("finetune.py", *SHORT, "--mode", mode, *(["--warmup-share", 1] if mode == "warmup" else []), out=tmp_path)
+    here("finetune.py", *SHORT, "--mode", mode, *(["--warmup-share", 1] if mode == "warmup" else []), out=tmp_path)
     folder = tmp_path / f"spherical-{mode}-tiny-swin-s0-toy"
     assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"]
     assert result(folder)["method"] == mode and result(folder)["source"] is None
@@ -64,16 +64,16 @@ def test_each_baseline_learns_and_trains_what_it_says(script, tmp_path, mode):
     assert changed == expected[mode]
 
 
-def test_as_released_runs_both_phases(script, tmp_path):
-    said = script("pare.py", *SHORT, "--as-released", out=tmp_path)  # the gate trains in the first epoch only
-    assert "lambda = k/N" in said
+def test_as_released_runs_both_phases(tmp_path, capsys):
+    here("pare.py", *SHORT, "--as-released", out=tmp_path)  # the gate trains in the first epoch only
+    assert "lambda = k/N" in capsys.readouterr().out
     ks = [row["k"] for row in rows(tmp_path / "spherical-pare-tiny-swin-s0-toy")]
     assert ks == [41, int(41 - 31 / 3), int(41 - 31 * 2 / 3)]  # 10 of 64 is the released 500 of 3136
 
 
-def test_cifar100_trains_with_its_own_augmentation_and_optimizer(script, tmp_path):
+def test_cifar100_trains_with_its_own_augmentation_and_optimizer(tmp_path):
     options = ["--task", "cifar100", "--optimizer", "sgd", "--lr", 0.05, "--accumulate", 3]
-    script("pare.py", *SHORT, *options, out=tmp_path)
+    here("pare.py", *SHORT, *options, out=tmp_path)
     history = rows(tmp_path / "cifar100-pare-tiny-swin-s0-toy")
     assert history[-1]["loss"] < history[0]["loss"]
 
