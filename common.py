@@ -1106,11 +1106,12 @@ class Run:
     def finish(self, model, loaded, source=None):
         """Test the last and the best checkpoint; write result.json and curves.png. Returns the result."""
         args, task = self.args, loaded.task
-        test_last = self.evaluate(model, loaded.test, task)
-        if self.world > 1:
-            torch.distributed.barrier()  # the best checkpoint is on disk
-        model.load_state_dict(load_file(self.best_file, device=str(self.device)))
-        test = self.evaluate(model, loaded.test, task)
+        test = test_last = self.evaluate(model, loaded.test, task)
+        if self.best_epoch < len(self.history):
+            if self.world > 1:
+                torch.distributed.barrier()  # the best checkpoint is on disk
+            model.load_state_dict(load_file(self.best_file, device=str(self.device)))
+            test = self.evaluate(model, loaded.test, task)
         seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size
         root = Path(__file__).parent
         git = shutil.which("git")

@@ -3,19 +3,22 @@
 python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
 python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
 
-A method is a file, a mode of finetune.py, a variant of one of them (METHODS below), or a reference (references.py).
+A method is a file, a mode of finetune.py, a variant of one of them (variants.py), or a reference (references.py). Each run is a
+process of its own. They are forked from one that has imported everything, which saves a short run most of its time.
 """
 
 import contextlib
 import csv
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import queue
 import shlex
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,20 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
+from tools.variants import METHODS, PATCHES
 
-METHODS = {
-    "pare": "pare.py",
-    "orca": "orca.py",
-    "mona": "mona.py",
-    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
-    "pare-released": "pare.py --as-released",
-    "orca-released": "orca.py --as-released",
-    "pare-random": "pare.py --init random",
-    "orca-random": "orca.py --init random",
-    "mona-random": "mona.py --init random",
-    "naive-random": "finetune.py --mode naive --init random",
-    "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: as many samples through the encoder as PaRe in 12
-}
+PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.cluster", "matplotlib.pyplot")
 REFERENCES = ("boosting", "logistic", "mean", "input", "fourier")  # tools/references.py; those that fit the task
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
            "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
@@ -83,23 +75,41 @@ def folder(out_dir, method):
     return Path(out_dir) / method if "-" in method else Path(out_dir)
 
 
-def start(args, task, method, seed, device):
-    """One run as a subprocess, unless it is finished. Returns whether it succeeded."""
-    out, name = folder(args.out_dir, method), METHODS[method].split()
-    mode = name[2] if name[0] == "finetune.py" else name[0].removesuffix(".py")
-    for file in out.glob(f"{task}-{mode}-*-s{seed}/result.json"):  # toys are asked: real data may be there by now
-        if args.scale in ("auto", json.loads(file.read_text())["scale"]):
+def work(method, file, options, device, threads, log):
+    """One run, as the command `python FILE OPTIONS`; what it prints goes to the file `log`."""
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+    import torch
+
+    torch.set_num_threads(threads)
+    module = importlib.import_module(file.removesuffix(".py"))
+    PATCHES.get(method, lambda module: None)(module)
+    sys.argv = [file, *options]
+    data.guarded(module.main, data.command_line(module.Args, module.__doc__))
+
+
+def start(args, task, method, seed, device, context):
+    """One run, unless it is finished. Returns whether it succeeded."""
+    out, (file, *options) = folder(args.out_dir, method), shlex.split(METHODS[method])
+    mode = options[1] if file == "finetune.py" else file.removesuffix(".py")
+    for finished in out.glob(f"{task}-{mode}-*-s{seed}/result.json"):  # toys are asked: real data may be there by now
+        if args.scale in ("auto", json.loads(finished.read_text())["scale"]):
             return True
-    command = [sys.executable, str(ROOT / name[0]), *name[1:]]
-    command += ["--task", task, "--scale", args.scale, "--seed", str(seed), "--data-dir", args.data_dir, "--out-dir", str(out)]
-    command += ["--resume", *(["--n-train", str(args.n_train)] if args.n_train else []), *shlex.split(args.options)]
-    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    environment = os.environ | {"OMP_NUM_THREADS": threads} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
+    options += ["--task", task, "--scale", args.scale, "--seed", str(seed), "--data-dir", args.data_dir, "--out-dir", str(out)]
+    options += ["--resume", *(["--n-train", str(args.n_train)] if args.n_train else []), *shlex.split(args.options)]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     began = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{shlex.join(command)}\n{done.stderr}", file=sys.stderr)
-        return False
+    with tempfile.TemporaryDirectory() as folder_of_log:
+        log = Path(folder_of_log) / "log"
+        process = context.Process(target=work, args=(method, file, options, device, threads, log))
+        process.start()
+        process.join()
+        if process.exitcode:
+            print(f"python {file} {shlex.join(options)}\n{log.read_text()[-2000:]}", file=sys.stderr)
+            return False
     print(f"{task} {method} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return True
 
@@ -197,6 +207,10 @@ def main(args):
         raise data.UserError(f"there is no method {unknown[0]!r}; there are {', '.join((*METHODS, *REFERENCES))}.")
     import torch
 
+    # Windows has no fork: there each run imports everything itself
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(PRELOAD)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     devices = queue.SimpleQueue()  # GPUs that are free
     gpus = torch.cuda.device_count()
     for slot in range(args.jobs):
@@ -205,7 +219,8 @@ def main(args):
     def run(task, method, seed):
         device = devices.get()
         try:
-            return measure(args, task, method, seed) if method in REFERENCES else start(args, task, method, seed, device)
+            wanted = args, task, method, seed
+            return measure(*wanted) if method in REFERENCES else start(*wanted, device, context)
         finally:
             devices.put(device)
 

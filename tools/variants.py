@@ -1,0 +1,98 @@
+"""What is compared: the methods, and variants that differ from them in one thing.
+
+Most variants are options. What is no option, because no reader should want it, is a patch: a function that changes one thing in
+the imported method before it runs. `tools/reproduce.py` runs both and keeps each variant in a folder of its own.
+"""
+
+from dataclasses import replace
+
+METHODS = {
+    "pare": "pare.py",
+    "orca": "orca.py",
+    "mona": "mona.py",
+    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
+    "pare-released": "pare.py --as-released",
+    "orca-released": "orca.py --as-released",
+    "naive-released": "finetune.py --mode naive --as-released",  # O2: another start of the embedder
+    # ---- how much is the start of the embedder (P1, O1), how much is compute
+    "pare-random": "pare.py --init random",
+    "orca-random": "orca.py --init random",
+    "mona-random": "mona.py --init random",
+    "naive-random": "finetune.py --mode naive --init random",
+    "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: as many samples through the encoder as PaRe in 12
+    # ---- PaRe: one row of docs/paper-vs-code.md each
+    "pare-end": "pare.py --k-end 0.16",  # P2: k falls to the official 500 of 3136
+    "pare-share": "pare.py --ratio k/N",  # P3
+    "pare-highest": "pare.py",  # P4: the highest-scored target patches are replaced
+    "pare-frozen-gate": "pare.py",  # P5
+    "pare-noise": "pare.py --gate-noise 1",  # P6
+    "pare-light": "pare.py --mix-weight 0.3",  # P7
+    # ---- PaRe: the gate against chance; noise that drowns the scores is a choice at random
+    "pare-k0.2": "pare.py --k-begin 0.2",
+    "pare-k0.4": "pare.py --k-begin 0.4",
+    "pare-k0.9": "pare.py --k-begin 0.9",
+    "pare-chance": "pare.py --gate-noise 1000",
+    "pare-chance0.2": "pare.py --gate-noise 1000 --k-begin 0.2",
+    "pare-chance0.4": "pare.py --gate-noise 1000 --k-begin 0.4",
+    "pare-chance0.9": "pare.py --gate-noise 1000 --k-begin 0.9",
+    # ---- ORCA: "What explains the success of cross-modal fine-tuning with ORCA?"
+    "orca-one-class": "orca.py --classes-per-problem 1",  # O3
+    "orca-e5": "orca.py --embedder-epochs 5",
+    "orca-e60": "orca.py --embedder-epochs 60",
+    "orca-proxy": "orca.py --source tiny_imagenet",
+    "orca-proxy1d": "orca.py --source conll2000",
+    "orca-freeze-embedder": "orca.py",  # in stage 2
+    "orca-freeze-encoder": "orca.py",
+    "orca-freeze-both": "orca.py",
+    # ---- the protocol
+    "naive-test": "finetune.py --mode naive",  # O11: the best epoch on the test set
+    # O14: four gradients averaged; added up, which is four times the rate
+    "naive-mean": "finetune.py --mode naive --optimizer sgd --lr 0.1 --batch-size 8 --accumulate 4 --clip 0",
+    "naive-sum": "finetune.py --mode naive --optimizer sgd --lr 0.4 --batch-size 8 --accumulate 4 --clip 0",
+}
+
+
+def highest(pare):
+    lowest = pare.replace_patches
+    pare.replace_patches = lambda t, s, scores_t, *rest: lowest(t, s, 1 - scores_t, *rest)
+
+
+def frozen_gate(pare):
+    gate = pare.Gate
+    pare.Gate = lambda width: gate(width).requires_grad_(False)
+
+
+def freeze(*parts):
+    """In stage 2 these parts of the model stay as stage 1 left them."""
+
+    def patch(method):
+        class Run(method.common.Run):
+            def distribute(self, module):
+                for part in parts:
+                    getattr(module, part).requires_grad_(False)
+                return super().distribute(module)
+
+        method.common.Run = Run
+
+    return patch
+
+
+def choose_on_test(method):
+    load = method.data.load
+
+    def loaded(*args):
+        splits = load(*args)
+        return replace(splits, val=splits.test)
+
+    method.data.load = loaded
+
+
+# variant -> what is done to the imported method, in a process that runs nothing else
+PATCHES = {
+    "pare-highest": highest,
+    "pare-frozen-gate": frozen_gate,
+    "orca-freeze-embedder": freeze("embedder"),
+    "orca-freeze-encoder": freeze("encoder"),
+    "orca-freeze-both": freeze("embedder", "encoder"),
+    "naive-test": choose_on_test,
+}
