@@ -60,6 +60,39 @@ def test_reproduce_compares_methods_in_pairs(capsys):
     assert line == "| pare | 2 | 8 | 8, 0 | -8.7 % | 0.0078 | -8.7 % | 0.0078 |"
 
 
+def test_the_profile_compares_with_the_best_on_each_task(tmp_path):
+    from tools import reproduce
+
+    errors = {"naive": (0.2, 4.0, 0.0), "pare": (0.1, 6.0, 0.0), "orca": (0.1, 4.0, 0.5)}
+    rows = [
+        {"task": task, "method": method, "test": error * factor}
+        for method, of_method in errors.items()
+        for task, error in zip("abc", of_method, strict=True)
+        for factor in (0.9, 1.1)  # two seeds, whose mean counts
+    ] + [{"task": "a", "method": "mona", "test": 0.01}]  # did not run everywhere
+    factors = reproduce.profile(rows, tmp_path / "profile.png")
+    assert {m: pytest.approx(f) for m, f in factors.items()} == {
+        "naive": [1, 1, 2], "pare": [1, 1, 1.5], "orca": [1, 1, float("inf")],
+    }  # fmt: skip
+    assert (tmp_path / "profile.png").stat().st_size > 5000
+
+
+def test_a_variant_differs_from_its_method_in_what_it_says(script, tmp_path):
+    few = ["--tasks", "cifar100", "--n-train", 64, "--options=--epochs 1 --batch-size 16", "--seeds", 1]
+    variants = ["pare-highest", "pare-frozen-gate", "orca-freeze-embedder", "naive-test"]
+    script("tools/reproduce.py", "--methods", "pare", *variants, *few, out=tmp_path)
+    last = lambda variant, name: torch.load(tmp_path / variant / f"cifar100-{name}-tiny-swin-s0-toy/last.pt")
+    plain, highest, frozen = last("", "pare"), last("pare-highest", "pare"), last("pare-frozen-gate", "pare")
+    assert not torch.equal(plain["net"]["predictor_s.linear.weight"], highest["net"]["predictor_s.linear.weight"])
+    trained = [len(state["optimizer"]["param_groups"][0]["params"]) for state in (plain, frozen)]
+    assert trained[0] - trained[1] == 2  # the gate's weight and bias
+    aligned = common.load_file(next((tmp_path / "orca-freeze-embedder").glob("*/stage1.safetensors")))
+    after = last("orca-freeze-embedder", "orca")["net"]
+    assert all(torch.equal(value, after[key]) for key, value in aligned.items())
+    row = json.loads((tmp_path / "naive-test/cifar100-naive-tiny-swin-s0-toy/result.json").read_text())
+    assert row["val"] == row["test"]
+
+
 def test_a_reference_is_scored_like_a_method(script, tmp_path):
     from sklearn.datasets import load_breast_cancer
     from sklearn.linear_model import LogisticRegression

@@ -1,4 +1,4 @@
-"""Tasks x methods x seeds: runs what is missing, resumes what was killed, writes results.csv and the tables.
+"""Tasks x methods x seeds: runs what is missing, resumes what was killed, writes results.csv, profile.png and the tables.
 
 python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
 python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
@@ -169,6 +169,46 @@ def table(rows, task):
                   f"{statistics.mean(row['seconds'] for row in runs) / 60:.1f} | {known or ''} |")  # fmt: skip
 
 
+def overview(rows):
+    """Several tasks side by side: mean test error of the last epoch."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    print(f"\nlast epoch, mean over seeds\n\n| method | {' | '.join(tasks)} |\n|---" + "|---" * len(tasks) + "|")
+    for method in (*METHODS, *REFERENCES):
+        runs = [[row["test_last"] for row in of(rows, task=task, method=method)] for task in tasks]
+        if any(runs):
+            print(f"| {method} |", " | ".join(f"{statistics.mean(run):.4f}" if run else "" for run in runs), "|")
+
+
+def profile(rows, path):
+    """Performance profile (PaRe, figure 3): on which share of the tasks is a method's mean error, at the epoch best on
+    validation, within a factor tau of the best method's? Of the methods that ran on every task. Returns method -> factors.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    mean = lambda task, method: statistics.mean(row["test"] for row in of(rows, task=task, method=method))
+    everywhere = [m for m in METHODS if all(of(rows, task=task, method=m) for task in tasks)]
+    errors = {method: [mean(task, method) for task in tasks] for method in everywhere}
+    best = [min(column) for column in zip(*errors.values(), strict=True)]
+    ratio = lambda error, least: 1.0 if error == least else error / least if least else float("inf")
+    factors = {method: sorted(map(ratio, error, best)) for method, error in errors.items()}
+    figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    most = 1.05 * max(f for row in factors.values() for f in row if f < float("inf"))
+    for method, row in factors.items():
+        shares = [(i + 1) / len(tasks) for i in range(len(tasks))]
+        axis.step([1, *row, most], [0, *shares, shares[-1]], where="post", label=method, linewidth=1.6)
+    axis.set(xscale="log", xlim=(1, most), ylim=(0, 1.03), xlabel="tau", ylabel="tasks with error <= tau x best")
+    axis.set_title(f"{len(tasks)} tasks, mean over seeds", fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return factors
+
+
 def paired(rows, base="naive"):
     """Every method against `base`, paired by task and seed (the same data): is the difference more than chance?
 
@@ -240,6 +280,9 @@ def main(args):
             writer.writerows(rows)
         for task in dict.fromkeys(row["task"] for row in rows):
             table(rows, task)
+        if len({row["task"] for row in rows}) > 1:
+            overview(rows)
+            profile(rows, Path(args.out_dir) / "profile.png")
         paired(rows)
     if not all(done):
         raise data.UserError(f"{done.count(False)} of {len(done)} runs failed; the same command tries them again.")

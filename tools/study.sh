@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that docs/results.md reports: bash tools/study.sh DATA_DIR OUT_DIR. Hours on two CPU cores; what is finished is skipped.
+# The most important comes first. The figures at the end need seconds to minutes each.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
+run() { python tools/reproduce.py --data-dir "$data" --out-dir "$runs" "$@"; }
+
+everything="scratch frozen naive warmup orca orca-released mona pare pare-released"
+pde="scratch frozen naive warmup orca mona pare" # as released, data and targets of PDE tasks are others
+start="naive-random pare-random orca-random mona-random naive-long"
+details="pare-end pare-share pare-highest pare-frozen-gate pare-noise pare-light
+         orca-one-class naive-released naive-test naive-mean naive-sum"
+gate="pare-k0.2 pare-k0.9 pare-chance pare-chance0.2 pare-chance0.9"
+orca="orca-e5 orca-e60 orca-freeze-embedder orca-freeze-encoder orca-freeze-both"
+
+# shellcheck disable=SC2086
+{
+  run --tasks cifar100 --n-train 1000 --seeds 5 --methods $everything
+  run --tasks openml1510 openml187 openml28 --seeds 5 --methods $everything boosting logistic
+  run --tasks spherical --n-train 2000 --seeds 5 --methods $everything
+  run --tasks darcy shallow_water2d --seeds 5 --methods $pde mean input --options="--source cifar10" # PaRe's own, VOC, was not at hand
+  run --tasks advection1d --seeds 5 --methods $pde mean input
+  run --tasks satellite --n-train 1000 --seeds 5 --methods $everything boosting logistic
+  run --tasks cifar100 --n-train 1000 --seeds 3 --methods $start $details
+  run --tasks spherical --n-train 2000 --seeds 3 --methods $start
+  run --tasks darcy2d diffusion_reaction2d --seeds 1 --methods naive orca mona pare mean input --options="--source cifar10"
+  run --tasks burgers1d diffusion_reaction1d diffusion_sorption1d navier_stokes1d --seeds 1 --methods naive orca mona pare mean input
+  run --tasks cifar100 --n-train 1000 --seeds 3 --methods $gate $orca orca-proxy
+  run --tasks satellite --n-train 1000 --seeds 3 --methods $orca orca-proxy1d naive-long
+}
