@@ -13,6 +13,11 @@ TASKS = [*data.TASKS, "openml1510"]
 LARGE = ("psicov", "deepsea", "fsd50k")
 
 
+@pytest.fixture(autouse=True)
+def few_to_test_on(monkeypatch):
+    monkeypatch.setattr(data, "TOY_TEST", 100)
+
+
 def run(method, task, tmp_path):
     module = importlib.import_module(method)
     options = dict(n_train=8, batch_size=4, accumulate=1) if task in LARGE else dict(n_train=32, batch_size=16)
