@@ -1,15 +1,36 @@
-"""Pictures and measurements for README and docs, made by the project's own code.
+"""Pictures and measurements for README and docs, made by the project's own code, most of them from finished runs.
 
-python tools/figures.py idea            docs/idea.png: what PaRe does, on a toy picture
-python tools/figures.py pde             docs/pde.png: one sample of each PDE task, solved here
-python tools/figures.py probe RUN...    what finished runs left of the source: linear-probe error on CIFAR-10 (MoNA, section 2)
+    python tools/figures.py idea                  what PaRe does, on a toy picture
+    python tools/figures.py pde                   one sample of each PDE task, solved here
+    python tools/figures.py curves RUN...         training loss and validation metric over the epochs
+
+PaRe's figures, of runs of pare.py:
+
+    python tools/figures.py landscape RUN RUN     1a: the training loss around the weights of two runs, of any methods
+    python tools/figures.py path RUN              1b: how far intermediate samples are from the source and from the target
+    python tools/figures.py embeddings RUN        1c: source, intermediate and target samples in the plane
+    python tools/figures.py patches RUN           4: the patches that the gate keeps
+    python tools/figures.py gate                  5: the gate against chance, from the runs below --out-dir
+
+MoNA's, on what runs left of the source, CIFAR-10:
+
+    python tools/figures.py probe RUN...          linear-probe error, a table
+    python tools/figures.py source RUN...         2: CIFAR-10 in the plane, before and after
+    python tools/figures.py forgetting RUN...     3: linear-probe error by task, epochs and method
+    python tools/figures.py discrepancy TASK...   4: how far tasks are from the source; needs no run
+
+and "What explains ORCA":
+
+    python tools/figures.py ablation              embedder epochs, source, what is frozen, from the runs below --out-dir
 """
 
+import itertools
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,14 +41,22 @@ import data
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["idea", "pde", "probe"], tyro.conf.Positional]
+    what: Annotated[
+        Literal["idea", "pde", "curves", "landscape", "path", "embeddings", "patches", "gate",
+                "probe", "source", "forgetting", "discrepancy", "ablation"],
+        tyro.conf.Positional,
+    ]  # fmt: skip
     """which picture or measurement"""
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """probe: folders of finished runs"""
+    """folders of finished runs; discrepancy: tasks, if not cifar100 spherical darcy shallow_water2d"""
     data_dir: str = "datasets"
-    """probe: where CIFAR-10 lies"""
+    """where the runs' data and CIFAR-10 lie"""
     out: str = str(ROOT / "docs")
     """folder it is written to, as WHAT.png"""
+    out_dir: str = "runs"
+    """gate, ablation: the runs of tools/reproduce.py. discrepancy: cache/ in here gets the prepared data"""
+    task: str = "spherical"
+    """gate, ablation: of this task"""
 
 
 if __name__ == "__main__":
@@ -40,16 +69,42 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import common
 import pare
 import pde
-from tools.reproduce import spread
+from tools.reproduce import collect, of, spread
 
 PICK_S, PICK_T = 10, 16  # which toy pictures
 SIDE, PATCH = 64, 8  # the picture in pixels, a patch: 8 x 8 patches
 SOURCE, TARGET = "#d1495b", "#00798c"
+COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a44a8b", "#8c6d46")  # of methods
+BETWEEN = LinearSegmentedColormap.from_list("between", [SOURCE, "#e3c9b8", TARGET])  # 0 the source, 1 the target
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#06313a", TARGET, "#9cc8cd", "#f6f1e7"])  # of a valley
+
+
+def save(figure, args):
+    """Write the picture to --out as WHAT.png and say where it is."""
+    path = Path(args.out) / f"{args.what}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+def plain(*axes, grid="both"):
+    """Axes without a frame, on a faint grid."""
+    for axis in axes:
+        axis.grid(alpha=0.3, axis=grid)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without runs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def patches(picture):
@@ -114,9 +169,7 @@ def idea(args):
         strip.add_patch(
             FancyArrowPatch((x, 6.3), (x + (2.2 if x < 10 else 6.8), 6.3), arrowstyle="-|>", mutation_scale=12, color="0.3")
         )
-    path = Path(args.out) / "idea.png"
-    figure.savefig(path, dpi=110)
-    print(path)
+    save(figure, args)
 
 
 PDES = {
@@ -149,59 +202,582 @@ def fields(args):
     axes[1, 4].legend(["density", "pressure", "velocity"], fontsize=7.5, loc="lower left", frameon=False, handlelength=1.6)
     for axis, text, colour in zip(axes[:, 0], ("input", "target"), (SOURCE, TARGET), strict=True):
         axis.set_ylabel(text, fontsize=12, color=colour)
-    path = Path(args.out) / "pde.png"
-    figure.savefig(path, dpi=110)
-    print(path)
+    save(figure, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finished runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def finished(run):
+    """A run's result.json, and its "variant": what tools/reproduce.py calls its method."""
+    if not (Path(run) / "result.json").exists():
+        raise data.UserError(f"{run} holds no finished run (result.json).\nGive the folder of a run that has ended.")
+    return json.loads((Path(run) / "result.json").read_text()) | {"variant": collect(run)[0]["method"]}
+
+
+def weights(run):
+    """The weights after the last epoch: embedder.*, encoder.*, predictor.*, and PaRe's gate.* and predictor_s.*"""
+    net = torch.load(Path(run) / "last.pt", map_location="cpu", weights_only=True)["net"]
+    return {name.removeprefix("model."): value for name, value in net.items()}  # PaRe's net holds the model
+
+
+def part(net, name):
+    return {k.removeprefix(f"{name}."): value for k, value in net.items() if k.startswith(f"{name}.")}
+
+
+@dataclass
+class Rebuilt:
+    """A finished run as it was after its last epoch; gate and source_set are PaRe's."""
+
+    result: dict
+    options: dict  # args.json
+    source: common.Source
+    loaded: data.Loaded
+    model: common.Model
+    gate: Any = None
+    source_set: Any = None
+
+
+def rebuild(run, args, method=None):
+    """Its data, and its model with the weights after the last epoch. `method`: which it must be; "pare" gets gate and source.
+
+    Raises: UserError if the run is none, one of another method, or if --data-dir holds other data than it saw.
+    """
+    result, net = finished(run), weights(run)
+    if method not in (None, result["method"]):
+        raise data.UserError(f"{run} is a run of {result['method']}; {args.what} needs one of {method}.")
+    options = json.loads((Path(run) / "args.json").read_text())
+    source = common.load_source(options["backbone"])
+    wanted = options["scale"], options["n_train"], options["seed"], "cpu", options["as_released"]
+    loaded = data.load(options["task"], args.data_dir, Path(run).parent / "cache", *wanted)
+    task, train = loaded.task, loaded.train
+    embedder = common.make_embedder(task.shape, source, "random", task.tokens)
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=options["as_released"])
+    rebuilt = Rebuilt(result, options, source, loaded, common.Model(embedder, source.encoder, predictor))
+    modules, splits = {"embedder": embedder, "encoder": source.encoder, "predictor": predictor}, [train]
+    if method == "pare":
+        rebuilt.gate = modules["gate"] = pare.Gate(source.token_width)
+        of_source = options["source"], args.data_dir, options["scale"], data.SOURCE_SAMPLES, options["seed"], "cpu"
+        rebuilt.source_set = data.load_proxy(*of_source, source.tokenizer)
+        splits.append(rebuilt.source_set)
+    for split, kind in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA saw a source too
+        if split.kind != kind:
+            raise data.UserError(f"{run} saw {kind} data; --data-dir {args.data_dir} gives {split.kind}.\nGive the run's own.")
+    for name, module in modules.items():
+        module.load_state_dict(part(net, name))
+        module.eval()
+    return rebuilt
+
+
+def draw(values, n, seed=0):
+    """n of the values, at random; all if there are no more."""
+    return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def draw_of_classes(split, n, classes, seed=0):
+    """n samples of so many classes (pseudo-classes if it has none), both drawn at random: their numbers and their classes."""
+    y = common.class_labels(split, seed=seed)
+    index = draw(torch.nonzero(torch.isin(y, draw(y.unique(), classes, seed))).squeeze(1), n, seed)
+    return index, y[index]
+
+
+def plane(x):
+    """t-SNE of x (n, D) array -> (n, 2), from the two main axes: the same each time."""
+    from sklearn.manifold import TSNE
+
+    return TSNE(init="pca", random_state=0).fit_transform(x)
+
+
+def dots(axis, groups, colour, x=None, line="none", label=None):
+    """Mean ± standard deviation of each group's values, at x or one beside the other: name -> list of values.
+
+    Returns: name -> (mean, standard deviation).
+    """
+    found = {name: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0) for name, values in groups.items()}
+    at = range(len(found)) if x is None else x
+    means, deviations = zip(*found.values(), strict=True)
+    axis.errorbar(at, means, deviations, marker="o", linestyle=line, color=colour, capsize=4, linewidth=1.6, label=label)
+    if x is None:
+        axis.set_xticks(at, [name.replace("_", "\n").replace("-", "\n") for name in found])
+        axis.set_xlim(-0.5, len(found) - 0.5)
+    plain(axis, grid="y")
+    return found
+
+
+def curves(args):
+    """Runs of one task and method share a colour: thin the seeds, bold their mean. Each method's own loss: PaRe's is a sum."""
+    groups, results = {}, [finished(run) for run in args.runs]
+    tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
+    for run, result in zip(args.runs, results, strict=True):
+        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        name = result["variant"] if len(tasks) == 1 else f"{result['task']}, {result['variant']}"
+        groups.setdefault(name, []).append([row for row in rows if "stage" not in row])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for i, (name, histories) in enumerate(groups.items()):
+        colour, shortest = COLOURS[i % len(COLOURS)], min(map(len, histories))
+        for axis, key in zip(axes, ("loss", "val"), strict=True):
+            values = [[row[key] for row in rows] for rows in histories]
+            for line in values if len(values) > 1 else ():
+                axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.35)
+            mean = np.mean([line[:shortest] for line in values], 0)  # (epochs,)
+            axis.plot(range(1, shortest + 1), mean, color=colour, linewidth=2, label=f"{name} ({len(values)})")
+    axes[0].set_title("training loss", fontsize=11)
+    axes[1].set_title(f"{metrics.pop() if len(metrics) == 1 else 'metric'} on validation", fontsize=11)
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.locator_params(axis="x", integer=True)
+    plain(*axes)
+    title = f"{', '.join(sorted(tasks))} (runs)" if len(tasks) == 1 else "task, method (runs)"
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title=title)
+    save(figure, args)
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PaRe: figures 1, 4 and 5
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def directions(model, seed=0):
+    """Two random directions among the weights, each filter as long as the model's (Li et al. 2018); 1-d weights stay."""
+    generator = torch.Generator().manual_seed(seed)
+    length = lambda w: w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1))  # (filters, 1, ...)
+
+    def random(w):
+        d = torch.randn(w.shape, generator=generator)
+        return d * length(w) / length(d) if w.ndim > 1 else torch.zeros_like(w)
+
+    return [{name: random(w.detach()) for name, w in model.named_parameters()} for _ in range(2)]
 
 
 @torch.no_grad()
-def features(source, encoder, x):
-    """CIFAR-10 pictures (n, 3, 32, 32) uint8 through the source embedder and `encoder`, mean over tokens: (n, F) array."""
-    proxy = data.PROXIES["cifar10"]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (proxy.mean, proxy.std))
+def surface(model, loss, x, y, steps):
+    """loss(model(x), y) with the weights moved by steps (S,) along two random directions: (S, S) array."""
+    here, (d1, d2) = dict(model.named_parameters()), directions(model)
+    moved = lambda a, b: {name: w + a * d1[name] + b * d2[name] for name, w in here.items()}
+    return np.array([[float(loss(torch.func.functional_call(model, moved(a, b), x), y)) for a in steps] for b in steps])
+
+
+def landscape(args, side=15, n=256):
+    """The target's loss on n training samples, not augmented, over a plane through the weights after the last epoch.
+
+    Both runs are cut along the same random draws, and share their levels. 0.5: every filter is moved by half its length.
+    """
+    steps, surfaces, titles = np.linspace(-0.5, 0.5, side), [], []
+    for run in args.runs:
+        rebuilt = rebuild(run, args)
+        train = rebuilt.loaded.train
+        index = draw(torch.arange(len(train)), n)
+        surfaces.append(surface(rebuilt.model, rebuilt.loaded.task.loss, train.inputs(index), train.targets(index), steps))
+        centre = surfaces[-1][side // 2, side // 2]
+        titles.append(f"{rebuilt.result['task']}, {rebuilt.result['variant']}: {centre:.3g} in the middle")
+        print(f"{run}: loss {centre:.4f}, in the corners {surfaces[-1][[0, 0, -1, -1], [0, -1, 0, -1]].mean():.4f}")
+    levels = np.geomspace(0.999 * max(np.min(surfaces), 1e-3), 1.001 * np.max(surfaces), 16)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="compressed", sharey=True)
+    for axis, values, title in zip(axes, surfaces, titles, strict=True):
+        shown = axis.contourf(steps, steps, values, levels, cmap=DEPTH, norm="log")
+        axis.contour(steps, steps, values, levels, colors="white", linewidths=0.6)
+        axis.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.8)
+        axis.set(aspect="equal", xlabel="first direction", xticks=[-0.5, 0, 0.5], yticks=[-0.5, 0, 0.5])
+        axis.set_title(title, fontsize=11)
+    axes[0].set_ylabel("second direction")
+    figure.colorbar(shown, ax=axes, label="training loss", ticks=levels[::3], format="%.2g")
+    save(figure, args)
+    return surfaces
+
+
+@torch.no_grad()
+def between(run, index_t, index_s, ks):
+    """Target samples paired with source samples by the run's embedder and gate: line 4 of pare.py, for each k.
+
+    Returns: (1 + len(ks), n, D), means over tokens: the source samples, then the intermediate ones of each k.
+    """
+    parts = []
+    for i, j in zip(index_t.split(64), index_s.split(64), strict=True):
+        tokens_t = run.model.embedder(run.loaded.train.inputs(i))  # (B, N, D)
+        tokens_s = run.source.embedder(run.source_set.inputs(j))  # (B, N_s, D)
+        scores = run.gate(tokens_t), run.gate(tokens_s)
+        mixed = [pare.replace_patches(tokens_t, tokens_s, *scores, k) for k in ks]
+        parts.append(torch.stack([tokens.mean(1) for tokens in (tokens_s, *mixed)]))  # (1 + len(ks), B, D)
+    return torch.cat(parts, 1)
+
+
+def pairs_of(run, n):
+    """n training samples and n of the source, fewer if one side has: their numbers."""
+    splits = run.loaded.train, run.source_set
+    return [draw(torch.arange(len(split)), n)[: min(map(len, splits))] for split in splits]
+
+
+def token_numbers(run):
+    """N of the target and the largest k: there must be as many source tokens."""
+    N = run.model.embedder.tokens
+    return N, min(N, run.source.embedder(run.source_set.inputs(torch.zeros(1, dtype=torch.long))).shape[1])
+
+
+def path(args, n=500, classes=10):
+    """OTDD of intermediate samples to the source and to the target, for nine k from 0 to N, or to the tokens of the source.
+
+    At most n training samples of ten of the target's classes, as many of ten of the source's, none augmented; a sample is the
+    mean of its tokens, as in ORCA. Intermediate samples have the target's labels: they begin at distance 0 from the target, and
+    do not end at 0 from the source, whose labels are others.
+    """
+    run = rebuild(args.runs[0], args, "pare")
+    (index_t, y_t), (index_s, y_s) = (draw_of_classes(split, n, classes) for split in (run.loaded.train, run.source_set))
+    pairs = min(len(y_t), len(y_s))
+    y_t, y_s = y_t[:pairs], y_s[:pairs]
+    N, most = token_numbers(run)
+    ks = sorted({round(most * i / 8) for i in range(9)})
+    u_s, *mixed = between(run, index_t[:pairs], index_s[:pairs], ks)  # (pairs, D) each
+    terms_s = common.OtddTerms(u_s, y_s, "exact", 0.0)
+    to_source = [float(common.otdd(u_s, y_s, u, y_t, terms_s=terms_s)) for u in mixed]
+    to_target = [float(common.otdd(mixed[0], y_t, u, y_t)) for u in mixed]
+    print("    k  to the source  to the target")
+    for k, a, b in zip(ks, to_source, to_target, strict=True):
+        print(f"{k:5}  {a:13.4f}  {b:13.4f}")
+    figure, axis = plt.subplots(figsize=(6.6, 4), layout="constrained")
+    for values, colour, name in ((to_source, SOURCE, "to the source"), (to_target, TARGET, "to the target")):
+        axis.plot(ks, values, "o-", color=colour, linewidth=2)
+        axis.annotate(name, (ks[-1], values[-1]), (8, 0), textcoords="offset points", color=colour, va="center")
+    k0 = min(round(run.options["k_begin"] * N), most)
+    axis.axvline(k0, color="0.5", linestyle=":")
+    axis.annotate("first epoch", (k0, 0.02), (-5, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                  color="0.4", fontsize=9, ha="right")  # fmt: skip
+    axis.set(xlabel=f"k, source tokens among the {N}", ylabel="OTDD of intermediate samples", ylim=(0, None))
+    axis.set_title(f"{run.result['task']}, {len(y_t)} samples a side", fontsize=11)
+    plain(axis)
+    save(figure, args)
+    return ks, to_source, to_target
+
+
+def embeddings(args, n=200):
+    """t-SNE of n source, target and intermediate samples each, with 3/4, 1/2 and 1/4 of the tokens from the source."""
+    run = rebuild(args.runs[0], args, "pare")
+    index_t, index_s = pairs_of(run, n)
+    N, most = token_numbers(run)
+    ks = [most * 3 // 4, most // 2, most // 4, 0]
+    u = between(run, index_t, index_s, ks)  # (5, n, D): from the source to the target
+    points = plane(u.flatten(0, 1).numpy()).reshape(*u.shape[:2], 2)
+    figure, axis = plt.subplots(figsize=(7.6, 5.2), layout="constrained")
+    for i, name in enumerate(("source", *(f"k = {k} of {N}" for k in ks[:-1]), "target")):
+        size = 18 if name in ("source", "target") else 9
+        axis.scatter(*points[i].T, s=size, color=BETWEEN(i / (len(u) - 1)), label=name, linewidths=0)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(f"{run.result['task']}: samples as means of their tokens, t-SNE", fontsize=11)
+    figure.legend(loc="outside right center", frameon=False, markerscale=2)
+    save(figure, args)
+    return points
+
+
+def to_look_at(split, index, size):
+    """Samples as pictures in [0, 1], (B, size, size, 3), resized as the embedder does; unless there are three, one channel."""
+    x = split.inputs(index)
+    if split.mean is not None:
+        x = x * split.std + split.mean
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    x = x if x.shape[1] == 3 else x[:, :1].expand(-1, 3, -1, -1)
+    low, high = x.amin((1, 2, 3), keepdim=True).clamp(max=0), x.amax((1, 2, 3), keepdim=True).clamp(min=1)
+    return ((x - low) / (high - low)).permute(0, 2, 3, 1)
+
+
+def dimmed(pictures, mask, colour):
+    """The patches where mask (B, N) is 0 under a veil of a pale colour. (B, size, size, 3) -> the same"""
+    side, veil = round(mask.shape[1] ** 0.5), torch.tensor(to_rgb(colour))
+    mask = F.interpolate(mask.unflatten(1, (side, side))[:, None], pictures.shape[1:3]).permute(0, 2, 3, 1)
+    return torch.where(mask > 0.5, pictures, 0.1 * pictures + 0.15 * veil + 0.75)
+
+
+@torch.no_grad()
+def chosen_patches(args, n=8):
+    """What the gate keeps of n target pictures and takes from n source pictures for k = N / 2; beside it, a choice by lot."""
+    run = rebuild(args.runs[0], args, "pare")
+    if run.source.modality != "2d":
+        raise data.UserError(f"{args.runs[0]} is a run on signals, which have no patches to look at.\nGive one on pictures.")
+    index_t, index_s = pairs_of(run, n)
+    pictures_t = to_look_at(run.loaded.train, index_t, run.source.size)  # (n, size, size, 3)
+    pictures_s = to_look_at(run.source_set, index_s, run.source.size)
+    scores_t = run.gate(run.model.embedder(run.loaded.train.inputs(index_t)))  # (n, N)
+    scores_s = run.gate(run.source.embedder(run.source_set.inputs(index_s)))
+    N = scores_t.shape[1]
+    k = N // 2
+    chance = torch.rand(scores_t.shape, generator=torch.Generator().manual_seed(0))
+    masks = pare.top_k_mask(scores_t, N - k), pare.top_k_mask(chance, N - k), pare.top_k_mask(scores_s, k)  # (n, N)
+    rows = (
+        ("target", pictures_t, TARGET),
+        (f"the {N - k} patches\nthat the gate keeps", dimmed(pictures_t, masks[0], TARGET), TARGET),
+        (f"{N - k} at random", dimmed(pictures_t, masks[1], TARGET), TARGET),
+        ("source", pictures_s, SOURCE),
+        (f"the {k} patches\nthat the gate takes", dimmed(pictures_s, masks[2], SOURCE), SOURCE),
+    )
+    figure, axes = plt.subplots(len(rows), n, figsize=(1.35 * n + 1.6, 1.4 * len(rows)), layout="constrained", squeeze=False)
+    for row, (name, pictures, colour) in zip(axes, rows, strict=True):
+        for axis, shown in zip(row, pictures.numpy(), strict=True):
+            axis.imshow(shown)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_color("0.8")
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", color=colour, labelpad=8, fontsize=10)
+    save(figure, args)
+    return k, masks
+
+
+def rows_of(args):
+    """The task's rows of the runs below --out-dir."""
+    if rows := of(collect(args.out_dir), task=args.task):
+        return rows
+    raise data.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive those of tools/reproduce.py.")
+
+
+def errors(rows, methods):
+    """name -> the test errors of a method's seeds, of those that there are. methods: name -> method."""
+    found = {name: [row["test"] for row in of(rows, method=method)] for name, method in methods.items()}
+    return {name: values for name, values in found.items() if values}
+
+
+def gate(args):
+    """Test error against k0, for patches chosen by the gate and by chance."""
+    rows = rows_of(args)
+    default = data.find_task(args.task).recipes["pare"].k_begin
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    found = {}
+    for name, method, variant, colour in (("the gate", "pare", "pare-k", TARGET), ("chance", *2 * ("pare-chance",), "0.55")):
+        methods = {round(default, 2): method} | {share: f"{variant}{share}" for share in (0.2, 0.4, 0.9)}
+        groups = dict(sorted(errors(rows, methods).items()))
+        if not groups:
+            raise data.UserError(f"{args.out_dir} has no run of {method}.\nMake some: tools/reproduce.py --methods {method}.")
+        found[name] = dots(axis, groups, colour, x=list(groups), line="-", label=f"patches chosen by {name}")
+    axis.set(xlabel="k0 / N, share of source patches in the first epoch", ylabel=f"test {rows[0]['metric']}")
+    axis.set_title(args.task, fontsize=11)
+    axis.legend(frameon=False)
+    save(figure, args)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MoNA: what is left of the source, and how far a task is from it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features(embedder, encoder, split, index=None):
+    """Samples through embedder and encoder, mean over tokens: (n, F) array."""
     encoder.eval()
-    parts = torch.from_numpy(x).split(250)
-    return torch.cat([encoder(source.embedder((part / 255 - mean) / std)).mean(1) for part in parts]).numpy()
+    index = torch.arange(len(split)) if index is None else index
+    return torch.cat([encoder(embedder(split.inputs(i))).mean(1) for i in index.split(250)]).numpy()
 
 
-def probe_error(source, encoder, train, test):
-    """0-1 test error of a logistic regression on standardised features of the encoder, which stays as it is."""
+def classifier():
+    """A logistic regression on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    probe.fit(features(source, encoder, train[0]), train[1])
-    return 1 - probe.score(features(source, encoder, test[0]), test[1])
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
 
 
-def probe(args):
-    """The paper's measurement of source knowledge: a linear probe on the encoder after its last epoch on the target, fed by the
-    SOURCE embedder, beside the same probe on the encoder as it was pretrained."""
+def probe_error(source, train, test):
+    """0-1 test error of a linear classifier on what the source embedder and the encoder, which stays as it is, make of them."""
+    fitted = classifier().fit(features(source.embedder, source.encoder, train), train.y.numpy())
+    return 1 - fitted.score(features(source.embedder, source.encoder, test), test.y.numpy())
+
+
+def cifar10(args):
+    """5000 training pictures and the test pictures, as data.Splits."""
     folder = Path(args.data_dir)
     train = data.subset(*data.read_cifar10(folder), 5000, seed=0)
     test = data.read_cifar(folder / "cifar-10-batches-py", ["test_batch"], "labels", 10)
-    before, found = {}, {}  # backbone -> error; (task, method, backbone) -> [(target's error, probe error)] over seeds
-    for name in args.runs:
-        run = Path(name)
-        if not (run / "result.json").exists():
-            raise data.UserError(f"{run} holds no finished run (result.json).")
-        result = json.loads((run / "result.json").read_text())
-        source = common.load_source(backbone := result["backbone"])
-        if backbone not in before:
-            before[backbone] = probe_error(source, source.encoder, train, test)
-        net = torch.load(run / "last.pt", map_location="cpu", weights_only=True)["net"]
-        net = {name.removeprefix("model."): value for name, value in net.items()}  # PaRe's net holds the model
-        source.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in net.items() if k.startswith("encoder.")})
-        errors = result["test_last"], probe_error(source, source.encoder, train, test)
-        print(f"{run}: {errors[1]:.4f}", file=sys.stderr, flush=True)
-        found.setdefault((result["task"], result["method"], backbone), []).append(errors)
-    print(f"Probe error on {len(test[1]):,} CIFAR-10 test images, features of {len(train[1]):,} training images\n")
+    return [data.Split(*arrays, 10, "official", data.PROXIES["cifar10"], "cpu") for arrays in (train, test)]
+
+
+def adapted(runs):
+    """For each run its result, and its backbone with the encoder as the last epoch left it."""
+    for run in runs:
+        result = finished(run)
+        source = common.load_source(result["backbone"])
+        if source.modality != "2d":
+            raise data.UserError(f"{run} adapted a text model, which cannot look at CIFAR-10.\nGive runs on 2D tasks.")
+        source.encoder.load_state_dict(part(weights(run), "encoder"))
+        yield result, source
+
+
+def probes(args):
+    """For each run its result, its probe error, and that of the encoder as it was pretrained.
+
+    The paper's measurement of source knowledge: a linear probe on the encoder after its last epoch on the target, fed by the
+    SOURCE embedder.
+    """
+    (train, test), before = cifar10(args), {}  # backbone -> error
+    print(f"Probe error on {len(test):,} CIFAR-10 test images, features of {len(train):,} training images\n")
+    for run, (result, source) in zip(args.runs, adapted(args.runs), strict=True):
+        if (backbone := result["backbone"]) not in before:
+            before[backbone] = probe_error(common.load_source(backbone), train, test)
+        error = probe_error(source, train, test)
+        print(f"{run}: {error:.4f}", file=sys.stderr, flush=True)
+        yield result, error, before[backbone]
+
+
+def probe(args):
+    """The probe errors as a table, mean ± standard deviation over seeds."""
+    found = {}  # (task, method, pretrained) -> [(target's error, probe error)]
+    for result, error, before in probes(args):
+        found.setdefault((result["task"], result["variant"], before), []).append((result["test_last"], error))
     print("| task | method | target's test error, last epoch | probe error | pretrained | n |\n|---|---|---|---|---|---|")
-    for (task, method, backbone), errors in found.items():
-        target, left = (spread(column) for column in zip(*errors, strict=True))
-        print(f"| {task} | {method} | {target} | {left} | {before[backbone]:.4f} | {len(errors)} |")
+    for (task, method, before), pairs in found.items():
+        target, left = (spread(column) for column in zip(*pairs, strict=True))
+        print(f"| {task} | {method} | {target} | {left} | {before:.4f} | {len(pairs)} |")
+
+
+def forgetting(args):
+    """Probe error by target, by epochs and by method. What a panel does not vary is what most of the runs have."""
+    found = list(probes(args))
+    if len({result["backbone"] for result, *_ in found}) > 1:
+        raise data.UserError("forgetting compares runs of one backbone.")
+    usual = {key: statistics.mode(result[key] for result, *_ in found) for key in ("task", "epochs", "variant", "method")}
+    panels = {}  # title -> value -> probe errors
+    for key, by, held in (("task", "task", ("variant", "epochs")), ("epochs", "epochs", ("task", "method")),
+                          ("variant", "method", ("task", "epochs"))):  # fmt: skip
+        groups = {}
+        for result, error, _ in found:
+            if all(result[other] == usual[other] for other in held):
+                groups.setdefault(result[key], []).append(error)
+        rest = ", ".join(f"{usual[other]} epochs" if other == "epochs" else usual[other] for other in held)
+        if len(groups) > 1:
+            panels[f"by {by}\n({rest})"] = {str(k): groups[k] for k in (sorted(groups) if key == "epochs" else groups)}
+    if not panels:
+        raise data.UserError("forgetting needs runs that differ in their task, their epochs or their method.")
+    shares = [len(groups) + 1 for groups in panels.values()]
+    figure = plt.figure(figsize=(min(13.5, 1.5 + 0.85 * sum(shares)), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=shares)
+    values = {}
+    for axis, (title, groups), colour in zip(axes[0], panels.items(), COLOURS, strict=False):
+        values[title.split("\n")[0]] = dots(axis, groups, colour)
+        axis.axhline(found[0][2], color="0.4", linestyle="--", linewidth=1.2)
+        axis.set_title(title, fontsize=11)
+    axes[0, 0].set_ylabel("probe error on CIFAR-10")
+    axes[0, 0].annotate("pretrained", (0.02, found[0][2]), (0, 3), xycoords=("axes fraction", "data"),
+                        textcoords="offset points", color="0.4", fontsize=9)  # fmt: skip
+    save(figure, args)
+    return values
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def source_features(args, n=1000):
+    """t-SNE of n CIFAR-10 test pictures: source embedder and encoder, as it was pretrained and as each run left it."""
+    train, test = cifar10(args)
+    index = draw(torch.arange(len(test)), n)
+    before = None, common.load_source(finished(args.runs[0])["backbone"])
+    columns = min(4, 1 + len(args.runs))
+    lines = -(-(1 + len(args.runs)) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.4 * lines + 0.5), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (result, source) in zip(axes.flat, itertools.chain([before], adapted(args.runs)), strict=False):
+        name = f"{result['task']}, {result['variant']}" if result else "pretrained"
+        points, error = plane(features(source.embedder, source.encoder, test, index)), probe_error(source, train, test)
+        for c, label in enumerate(CIFAR10):
+            axis.scatter(*points[test.y[index] == c].T, s=6, color=plt.cm.tab10(c), linewidths=0, label=label)
+        axis.set_title(f"{name}\nprobe error {error:.3f}", fontsize=11)
+        print(f"{name}: probe error {error:.4f}")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2 * columns + 2, frameon=False, markerscale=3, fontsize=9,
+                  handletextpad=0.1, columnspacing=1.2)  # fmt: skip
+    save(figure, args)
+
+
+def mismatch(P):
+    """Modality knowledge discrepancy of P (K_t, K_s), the mean source probabilities of each target class, K_s >= K_t.
+
+        D = 1 - mean_c P'_{c, pi(c)}     pi one to one from target to source classes, the best sum of P_{c, pi(c)}
+                                         P' = P on the chosen source classes, every row made to sum to 1
+
+    0: each target class is a source class of its own; 1 - 1 / K_t: they look alike to the source model.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    _, chosen = linear_sum_assignment(P, maximize=True)
+    P = P[:, chosen]  # (K_t, K_t)
+    return 1 - (P.diagonal() / P.sum(1)).mean()
+
+
+def discrepancy(args, classes=10, n=500, draws=5):
+    """Mismatch of p(source class | x) and p(target class | x), in an approximation of our own.
+
+    The source model: the pretrained backbone and a logistic regression on 5000 Tiny-ImageNet pictures of 200 classes. It sees
+    the target through the copied embedder. Chance depends on the number of classes: every task gets ten, drawn from its own, or
+    clusters of its fields; five draws, each of at most n training samples, give mean and standard deviation.
+    """
+    source = common.load_source(common.DEFAULT_BACKBONE["2d", "tiny"])
+    pictures = data.read_tiny_imagenet(Path(args.data_dir), n=data.SOURCE_SAMPLES)
+    proxy = data.Split(*pictures, 200, "official", data.PROXIES["tiny_imagenet"], "cpu")
+    fitted, found = classifier().fit(features(source.embedder, source.encoder, proxy), proxy.y.numpy()), {}
+    for name in args.runs or ("cifar100", "spherical", "darcy", "shallow_water2d"):
+        loaded = data.load(name, args.data_dir, f"{args.out_dir}/cache", "tiny", 5000)
+        embedder, values = common.make_embedder(loaded.task.shape, source, "copy"), []
+        for seed in range(draws):
+            index, y = draw_of_classes(loaded.train, n, classes, seed)
+            seen = fitted.predict_proba(features(embedder, source.encoder, loaded.train, index))  # (n, K_s)
+            values.append(mismatch(np.stack([seen[y == c].mean(0) for c in y.unique()])))
+        found[f"{name}\n({loaded.train.kind})"] = values
+        print(f"{name}: D = {spread(values)}, of {len(y.unique())} classes")
+    figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(found), 4), layout="constrained")
+    means, deviations = ([f(values) for values in found.values()] for f in (np.mean, lambda v: np.std(v, ddof=1)))
+    axis.bar(list(found), means, 0.55, yerr=deviations, capsize=4, color=TARGET, ecolor="0.3")
+    for x, mean in enumerate(means):
+        axis.text(x, 0.03, f"{mean:.2f}", ha="center", color="white", weight="bold")
+    axis.axhline(1 - 1 / classes, color="0.4", linestyle="--", linewidth=1.2)
+    axis.set(ylim=(0, 1), ylabel="knowledge discrepancy D")
+    axis.set_title(f"{classes} classes each; dashed: classes that look alike", fontsize=11)
+    plain(axis, grid="y")
+    save(figure, args)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What explains ORCA
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ablation(args):
+    """Test error of ORCA with another number of embedder epochs, another source, and parts frozen in stage 2."""
+    rows = rows_of(args)
+    sources = {row["source"]: row["method"] for row in rows if row["method"] in ("orca", "orca-proxy", "orca-proxy1d")}
+    panels = {
+        "embedder epochs": {"0": "naive", "5": "orca-e5", "20": "orca", "60": "orca-e60"},  # tiny scale
+        "source of the embedder training": {"none": "naive", **sources},
+        "frozen in stage 2": {"nothing": "orca", "embedder": "orca-freeze-embedder", "encoder": "orca-freeze-encoder",
+                              "both": "orca-freeze-both"},
+    }  # fmt: skip
+    panels = {title: errors(rows, methods) for title, methods in panels.items()}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharey=True)
+    found = {}
+    for axis, (title, groups), colour in zip(axes, panels.items(), (TARGET, SOURCE, COLOURS[4]), strict=True):
+        if groups:
+            found[title] = dots(axis, groups, colour, line="-" if title == "embedder epochs" else "none")
+        axis.set_title(title, fontsize=11)
+    axes[0].set_ylabel(f"{args.task}: test {rows[0]['metric']}")
+    save(figure, args)
+    return found
+
+
+MANY = 999
+# what: the least and the most words that follow it, and who makes it
+COMMANDS = {
+    "idea": (0, 0, idea), "pde": (0, 0, fields), "curves": (1, MANY, curves), "landscape": (2, 2, landscape),
+    "path": (1, 1, path), "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches), "gate": (0, 0, gate),
+    "probe": (1, MANY, probe), "source": (1, MANY, source_features), "forgetting": (1, MANY, forgetting),
+    "discrepancy": (0, MANY, discrepancy), "ablation": (0, 0, ablation),
+}  # fmt: skip
+
+
+def main(args):
+    least, most, make = COMMANDS[args.what]
+    if not least <= len(args.runs) <= most:
+        wanted = f"{least}{' or more' * (most > least)}"
+        raise data.UserError(f"{args.what} needs {wanted} of the folders of finished runs; {len(args.runs)} given.")
+    return make(args)
 
 
 if __name__ == "__main__":
-    data.guarded({"idea": idea, "pde": fields, "probe": probe}[args.what], args)
+    data.guarded(main, args)

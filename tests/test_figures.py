@@ -1,0 +1,243 @@
+"""The figures of finished runs: what they measure is true, they read the right runs, and every command draws its picture."""
+
+import functools
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from conftest import here
+from PIL import Image
+
+import data
+from tools import figures, reproduce
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A toy run of PaRe and one of naive fine-tuning; beside them a CIFAR-10 and a Tiny-ImageNet of a few pictures."""
+    out = tmp_path_factory.mktemp("runs")
+    few = ["--task", "cifar100", "--scale", "tiny", "--n-train", 64, "--epochs", 2]
+    here("pare", *few, out=out)
+    here("finetune", *few, out=out)
+    rng = np.random.default_rng(0)
+    folder = out / "data/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name, n in (("data_batch_1", 80), ("test_batch", 60)):
+        x, y = rng.integers(0, 256, (n, 3072), dtype=np.uint8), np.arange(n) % 10
+        (folder / name).write_bytes(pickle.dumps({b"data": x, b"labels": y.tolist()}))
+    for i in range(36):
+        path = out / f"data/tiny-imagenet-200/train/n{i % 12:03}/images/n{i % 12:03}_{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+        path.write_bytes(file.getvalue())
+    return out
+
+
+@pytest.fixture
+def use(runs, tmp_path):
+    """Runs a command as the command line would; its picture is looked at."""
+
+    def run(what, *words, data_dir="none", picture=True):
+        options = [what, *map(str, words), "--data-dir", str(runs / data_dir), "--out", str(tmp_path / "out")]
+        found = figures.main(tyro.cli(figures.Args, args=options))
+        if picture:
+            file = tmp_path / f"out/{what}.png"
+            pixels = np.asarray(Image.open(file).convert("L"))
+            assert pixels.std() > 5 and pixels.shape[1] < 1550 and file.stat().st_size < 300_000
+        return found
+
+    return run
+
+
+PARE, NAIVE = "cifar100-pare-tiny-swin-s0-toy", "cifar100-naive-tiny-swin-s0-toy"
+
+
+@pytest.fixture(scope="module")
+def rebuilt(runs):
+    return figures.rebuild(runs / PARE, figures.Args("path", data_dir=str(runs / "none")), "pare")
+
+
+def test_a_rebuilt_run_scores_as_it_did(rebuilt):
+    with torch.no_grad():
+        out = torch.cat([rebuilt.model(rebuilt.loaded.test.inputs(i)) for i in torch.arange(1000).split(250)])
+    score = rebuilt.loaded.task.score(out.numpy(), rebuilt.loaded.test.y.numpy())
+    assert score == pytest.approx(rebuilt.result["test_last"], abs=2e-3)
+
+
+def test_intermediate_samples_go_from_the_target_to_the_source(rebuilt):
+    index = torch.arange(20)
+    source, *mixed = figures.between(rebuilt, index, index, [0, 20, 64])
+    with torch.no_grad():
+        target = rebuilt.model.embedder(rebuilt.loaded.train.inputs(index)).mean(1)
+    assert torch.allclose(mixed[0], target, atol=1e-5) and torch.allclose(mixed[2], source, atol=1e-5)
+    assert not torch.allclose(mixed[1], target, atol=1e-2) and not torch.allclose(mixed[1], source, atol=1e-2)
+
+
+def test_path_begins_at_the_target(use, runs):
+    ks, to_source, to_target = use("path", runs / PARE)
+    assert ks == [8 * i for i in range(9)]
+    assert abs(to_target[0]) < 1e-3 < min(to_target[1:]) and 0 < to_source[8] < to_source[0]
+
+
+def test_chosen_samples_are_of_so_many_classes(rebuilt):
+    index, y = figures.draw_of_classes(rebuilt.source_set, 50, 3)
+    assert len(index.unique()) == 50 and len(y.unique()) == 3 and torch.equal(y, rebuilt.source_set.y[index])
+    assert not torch.equal(index, figures.draw_of_classes(rebuilt.source_set, 50, 3, seed=1)[0])
+
+
+def test_the_landscape_has_the_loss_in_the_middle_and_directions_as_long_as_the_filters(rebuilt):
+    model, train = rebuilt.model, rebuilt.loaded.train
+    x, y = train.inputs(torch.arange(16)), train.y[:16]
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    values = figures.surface(model, train.loss, x, y, [-0.5, 0.0, 0.25])
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    with torch.no_grad():
+        assert values[1, 1] == pytest.approx(float(train.loss(model(x), y)), rel=1e-5)
+        d1, d2 = figures.directions(model)
+        for name, w in model.named_parameters():  # by hand: down is the second direction, right the first
+            lengths = [t.flatten(1).norm(dim=1) if t.ndim > 1 else torch.zeros(1) for t in (d1[name], d2[name], w)]
+            assert torch.allclose(lengths[0], lengths[2]) and torch.allclose(lengths[1], lengths[2])
+            assert w.ndim > 1 or not d1[name].any()
+            w += 0.25 * d1[name] - 0.5 * d2[name]
+        assert values[0, 2] == pytest.approx(float(train.loss(model(x), y)), rel=1e-4)
+        model.load_state_dict(before)
+    assert values[0, 2] != values[2, 0] != values[1, 1]
+
+
+def test_the_gate_keeps_its_highest_scored_patches_and_exactly_so_many(use, runs, rebuilt):
+    k, (keep, chance, take) = use("patches", runs / PARE)
+    assert k == 32 and all((mask.sum(1) == n).all() for mask, n in ((keep, 64 - k), (chance, 64 - k), (take, k)))
+    index, _ = figures.pairs_of(rebuilt, len(keep))
+    with torch.no_grad():
+        scores = rebuilt.gate(rebuilt.model.embedder(rebuilt.loaded.train.inputs(index)))
+    assert (scores.where(keep == 1, 1).amin(1) >= scores.where(keep == 0, 0).amax(1)).all()
+    assert (keep != chance).any(1).all()
+
+
+def test_a_dimmed_picture_shows_the_kept_patches_as_they_are():
+    picture, mask = torch.rand(1, 8, 8, 3), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    shown = figures.dimmed(picture, mask, figures.TARGET)
+    assert torch.equal(shown[0, :4, 4:], picture[0, :4, 4:]) and (shown[0, 4:] != picture[0, 4:]).all()
+    assert shown[0, 4:].min() > 0.7 and shown.max() <= 1
+
+
+def test_knowledge_discrepancy_is_0_for_classes_of_the_source_and_does_not_know_their_order():
+    assert figures.mismatch(np.eye(5)[[3, 1, 4]]) == 0
+    assert figures.mismatch(np.tile([0.1, 0.2, 0.3, 0.4], (3, 1))) == pytest.approx(1 - 1 / 3)
+    P = np.random.default_rng(0).dirichlet(np.ones(8), 5)
+    assert figures.mismatch(P[:, ::-1]) == pytest.approx(figures.mismatch(P))
+    assert figures.mismatch(P[[4, 0, 2, 1, 3]]) == pytest.approx(figures.mismatch(P))
+    # 0.5 + 0.4 is more than 0.6 + 0.1, which the first class would take by itself; then rows (0.5, 0.6) and (0.1, 0.4)
+    assert figures.mismatch(np.array([[0.6, 0.5], [0.4, 0.1]])) == pytest.approx(1 - (0.5 / 1.1 + 0.4 / 0.5) / 2)
+
+
+def test_discrepancy_is_drawn_for_the_tasks_asked_for(use, runs, monkeypatch, tmp_path):
+    monkeypatch.setitem(figures.COMMANDS, "discrepancy", (0, 9, functools.partial(figures.discrepancy, n=60, draws=2)))
+    found = use("discrepancy", "cifar100", "ninapro", "--out-dir", tmp_path, data_dir="data")
+    assert list(found) == ["cifar100\n(toy)", "ninapro\n(toy)"]
+    assert all(len(values) == 2 and 0 < min(values) <= max(values) < 1 for values in found.values())
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Finished runs of the variants, by their results alone: error 0.1 i for method i, ± 0.01 over two seeds."""
+
+    def write(methods):
+        for i, method in enumerate(methods):
+            monkeypatch.setitem(reproduce.METHODS, method, "")
+            for seed in range(2):
+                row = {"task": "cifar100", "method": method.split("-")[0], "seed": seed, "metric": "error"}
+                row |= {"test": 0.1 * i + 0.02 * seed, "source": "voc" if "proxy" in method else "cifar10"}
+                folder = tmp_path / "all" / (method if "-" in method else "") / f"cifar100-{method}-s{seed}"
+                folder.mkdir(parents=True)
+                (folder / "result.json").write_text(json.dumps(row))
+        return tmp_path / "all"
+
+    return write
+
+
+def test_gate_reads_the_runs_by_their_share(use, table):
+    methods = ["pare", "pare-k0.2", "pare-k0.4", "pare-chance", "pare-chance0.2", "pare-chance0.9", "pare-random", "naive"]
+    found = use("gate", "--task", "cifar100", "--out-dir", table(methods))
+    means = {name: {share: round(mean, 6) for share, (mean, _) in groups.items()} for name, groups in found.items()}
+    assert means == {"the gate": {0.2: 0.11, 0.4: 0.21, 0.64: 0.01}, "chance": {0.2: 0.41, 0.64: 0.31, 0.9: 0.51}}
+    assert found["chance"][0.9][1] == pytest.approx(0.02 / 2**0.5)
+
+
+def test_ablation_reads_the_runs_of_its_panels(use, table):
+    methods = ["naive", "orca", "orca-e5", "orca-proxy", "orca-freeze-both", "orca-random", "pare"]
+    found = use("ablation", "--task", "cifar100", "--out-dir", table(methods))
+    means = {title: {name: round(mean, 6) for name, (mean, _) in groups.items()} for title, groups in found.items()}
+    assert means == {
+        "embedder epochs": {"0": 0.01, "5": 0.21, "20": 0.11},
+        "source of the embedder training": {"none": 0.01, "cifar10": 0.11, "voc": 0.31},
+        "frozen in stage 2": {"nothing": 0.11, "both": 0.41},
+    }
+
+
+def test_forgetting_varies_one_thing_in_each_panel(use, monkeypatch):
+    def probes(args):
+        for task, epochs, variant, error in (
+            ("cifar100", 12, "naive", 0.4), ("cifar100", 12, "naive", 0.5), ("cifar100", 24, "naive-long", 0.6),
+            ("darcy", 12, "naive", 0.7), ("cifar100", 12, "mona", 0.3), ("darcy", 24, "mona", 0.9),
+        ):  # fmt: skip
+            result = {"task": task, "epochs": epochs, "variant": variant, "method": variant.split("-")[0]}
+            yield result | {"backbone": "tiny-swin"}, error, 0.25
+
+    monkeypatch.setattr(figures, "probes", probes)
+    found = use("forgetting", "RUN")
+    means = {title: {name: round(mean, 6) for name, (mean, _) in groups.items()} for title, groups in found.items()}
+    assert means == {
+        "by task": {"cifar100": 0.45, "darcy": 0.7},
+        "by epochs": {"12": 0.45, "24": 0.6},
+        "by method": {"naive": 0.45, "mona": 0.3},
+    }
+
+
+def test_curves_groups_the_seeds_of_a_method(use, runs):
+    groups = use("curves", runs / PARE, runs / NAIVE, runs / PARE)
+    assert {name: len(histories) for name, histories in groups.items()} == {"pare": 2, "naive": 1}
+    lines = [json.loads(line) for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
+    assert groups["naive"] == [lines] and len(lines) == 2
+
+
+def test_the_other_pictures_can_be_drawn(use, runs, monkeypatch, capsys):
+    monkeypatch.setitem(figures.COMMANDS, "landscape", (2, 2, functools.partial(figures.landscape, side=3, n=8)))
+    left, right = use("landscape", runs / PARE, runs / NAIVE)
+    assert left.shape == right.shape == (3, 3) and "in the corners" in capsys.readouterr().out
+    assert use("embeddings", runs / PARE).shape == (5, 64, 2)
+    use("source", runs / PARE, data_dir="data")
+    use("probe", runs / PARE, runs / NAIVE, data_dir="data", picture=False)
+    printed = capsys.readouterr().out
+    probed = [line.split("|")[4].split()[0] for line in printed.splitlines() if line.startswith("| cifar100")]
+    assert f"cifar100, pare: probe error {probed[0]}" in printed and len(probed) == 2
+    use("forgetting", runs / PARE, runs / NAIVE, data_dir="data")
+
+
+def test_mistakes_are_told(use, runs, tmp_path):
+    for what, words, message in (
+        ("path", [runs / NAIVE], "is a run of naive; path needs one of pare"),
+        ("path", [], "needs 1 of the folders of finished runs; 0 given"),
+        ("landscape", [runs / NAIVE], "needs 2 of the folders of finished runs; 1 given"),
+        ("curves", [tmp_path], "holds no finished run"),
+        ("forgetting", [runs / PARE], "differ in their task"),
+        ("gate", ["--out-dir", tmp_path], "no finished run of spherical"),
+        ("ablation", ["--task", "darcy", "--out-dir", runs], "no finished run of darcy"),
+    ):
+        with pytest.raises(data.UserError, match=message):
+            use(what, *words, data_dir="data")
+
+
+def test_a_run_is_not_rebuilt_on_other_data(use, runs, tmp_path):
+    other = tmp_path / PARE
+    other.mkdir()
+    for name in ("result.json", "last.pt"):
+        (other / name).symlink_to(runs / PARE / name)
+    (other / "args.json").write_text((runs / PARE / "args.json").read_text().replace('"toy"', '"official"'))
+    with pytest.raises(data.UserError, match="saw official data"):
+        use("embeddings", other)
