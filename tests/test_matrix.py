@@ -39,7 +39,7 @@ def run(method, task, tmp_path):
     assert result["task"] == task
 
 
-@pytest.mark.parametrize("number, task", enumerate(TASKS))
+@pytest.mark.parametrize("number, task", list(enumerate(TASKS)))
 def test_each_task_with_one_method(number, task, tmp_path):
     run("finetune" if task in LARGE else METHODS[number % len(METHODS)], task, tmp_path)
 

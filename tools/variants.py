@@ -12,7 +12,7 @@ METHODS = {
     "mona": "mona.py",
     **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
-    "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: a third of the time on a CPU
+    "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: for a CPU
     "naive-released": "finetune.py --mode naive --as-released",  # O2: another start of the embedder
     # ---- how much is the start of the embedder (P1, O1), how much is compute
     "pare-random": "pare.py --init random",
