@@ -169,14 +169,19 @@ def table(rows, task):
                   f"{statistics.mean(row['seconds'] for row in runs) / 60:.1f} | {known or ''} |")  # fmt: skip
 
 
-def overview(rows):
-    """Several tasks side by side: mean test error of the last epoch."""
+def everywhere(rows):
+    """The tasks of the rows, and the methods that ran on all of them."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    print(f"\nlast epoch, mean over seeds\n\n| method | {' | '.join(tasks)} |\n|---" + "|---" * len(tasks) + "|")
-    for method in (*METHODS, *REFERENCES):
-        runs = [[row["test_last"] for row in of(rows, task=task, method=method)] for task in tasks]
-        if any(runs):
-            print(f"| {method} |", " | ".join(f"{statistics.mean(run):.4f}" if run else "" for run in runs), "|")
+    return tasks, [method for method in METHODS if all(of(rows, task=task, method=method) for task in tasks)]
+
+
+def overview(rows):
+    """Several tasks side by side: test error of the epoch best on validation, of the methods that ran on all of them."""
+    tasks, methods = everywhere(rows)
+    print(f"\n| method | {' | '.join(tasks)} |\n|---" + "|---" * len(tasks) + "|")
+    for method in methods:
+        cells = [spread([row["test"] for row in of(rows, task=task, method=method)]) for task in tasks]
+        print(f"| {method} |", " | ".join(cells), "|")
 
 
 def profile(rows, path):
@@ -188,10 +193,9 @@ def profile(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks, methods = everywhere(rows)
     mean = lambda task, method: statistics.mean(row["test"] for row in of(rows, task=task, method=method))
-    everywhere = [m for m in METHODS if all(of(rows, task=task, method=m) for task in tasks)]
-    errors = {method: [mean(task, method) for task in tasks] for method in everywhere}
+    errors = {method: [mean(task, method) for task in tasks] for method in methods}
     best = [min(column) for column in zip(*errors.values(), strict=True)]
     ratio = lambda error, least: 1.0 if error == least else error / least if least else float("inf")
     factors = {method: sorted(map(ratio, error, best)) for method, error in errors.items()}
@@ -272,12 +276,13 @@ def main(args):
     wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # one seed of everything first
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
-    rows = [row for row in collect(args.out_dir) if row["task"] in args.tasks]
-    if rows:
+    everything = collect(args.out_dir)
+    if rows := [row for row in everything if row["task"] in args.tasks]:
         with (Path(args.out_dir) / "results.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(everything)
+        rows.sort(key=lambda row: args.tasks.index(row["task"]))
         for task in dict.fromkeys(row["task"] for row in rows):
             table(rows, task)
         if len({row["task"] for row in rows}) > 1:

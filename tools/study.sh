@@ -8,7 +8,7 @@ run() { python tools/reproduce.py --data-dir "$data" --out-dir "$runs" "$@"; }
 
 everything="scratch frozen naive warmup orca orca-released mona pare pare-released"
 pde="scratch frozen naive warmup orca mona pare" # as released, data and targets of PDE tasks are others
-start="naive-random pare-random orca-random mona-random naive-long"
+start="naive-random pare-random orca-random mona-random naive-long naive-short"
 details="pare-end pare-share pare-highest pare-frozen-gate pare-noise pare-light
          orca-one-class naive-released naive-test naive-mean naive-sum"
 gate="pare-k0.2 pare-k0.9 pare-chance pare-chance0.2 pare-chance0.9"
@@ -29,3 +29,20 @@ orca="orca-e5 orca-e60 orca-freeze-embedder orca-freeze-encoder orca-freeze-both
   run --tasks cifar100 --n-train 1000 --seeds 2 --methods $gate $orca orca-proxy
   run --tasks cifar100 spherical satellite darcy shallow_water2d advection1d openml1510 openml187 openml28 --seeds 0
 }
+
+# The figures of docs/results.md.
+draw() { python tools/figures.py "$@" --data-dir "$data" --out-dir "$runs" --out "${out:-docs/figures}"; }
+cp "$runs/results.csv" docs/results.csv
+mkdir -p docs/figures && cp "$runs/profile.png" docs/figures/
+draw curves "$runs"/cifar100-{scratch,frozen,naive,orca,mona,pare}-tiny-swin-s*
+draw landscape "$runs"/cifar100-{naive,pare}-tiny-swin-s0
+draw path "$runs"/darcy-pare-tiny-swin-s0
+draw embeddings "$runs"/darcy-pare-tiny-swin-s0
+draw patches "$runs"/spherical-pare-tiny-swin-s0
+draw gate --task cifar100
+draw source "$runs"/{cifar100,darcy}-{naive,mona,pare}-tiny-swin-s0
+draw forgetting "$runs"/{cifar100,spherical,darcy,shallow_water2d}-naive-tiny-swin-s[0-2] \
+  "$runs"/cifar100-{frozen,warmup,orca,mona,pare}-tiny-swin-s[0-2] "$runs"/naive-{short,long}/cifar100-*-s[0-2]
+draw discrepancy
+draw ablation --task cifar100
+out=docs/figures/satellite draw ablation --task satellite
