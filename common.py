@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -39,6 +40,11 @@ from data import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def in_fp32(x):
+    """Autocast off: fields rounded to bf16, on their way in or out, are off by 2e-3, which is more than published errors."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class Embedder2d(nn.Module):
     """Pictures to tokens: resize, one linear map of each patch, LayerNorm; what a Swin does with its own pictures.
 
@@ -62,7 +68,9 @@ class Embedder2d(nn.Module):
     def forward(self, x):
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)  # (B, C, size, size)
-        return self.norm(self.project(x).flatten(2).transpose(1, 2))  # (B, N, D)
+        with in_fp32(x):
+            tokens = self.project(x)  # (B, D, size / patch, size / patch)
+        return self.norm(tokens.flatten(2).transpose(1, 2))  # (B, N, D)
 
 
 def stack_number(length, max_tokens):
@@ -97,7 +105,9 @@ class Embedder1d(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, x):
-        return self.norm(self.project(x).transpose(1, 2)) + self.positions  # (B, C, L) -> (B, N, D)
+        with in_fp32(x):
+            tokens = self.project(x)  # (B, C, L) -> (B, D, N)
+        return self.norm(tokens.transpose(1, 2)) + self.positions  # (B, N, D)
 
 
 def initialise(embedder, source, init):
@@ -178,7 +188,9 @@ class DensePredictor2d(nn.Module):
 
     def forward(self, features):
         side = round(features.shape[1] ** 0.5)
-        x = self.linear(features).transpose(1, 2).unflatten(2, (side, side))  # (B, n, F) -> (B, 3 factor^2, side, side)
+        with in_fp32(features):
+            x = self.linear(features.float())  # (B, n, F) -> (B, n, 3 factor^2)
+        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, 3 factor^2, side, side)
         x = F.pixel_shuffle(x, self.factor)  # (B, 3, side factor, side factor)
         c, H, W = (1, *self.out)[-3:]
         x = F.adaptive_avg_pool1d(x.flatten(2).transpose(1, 2), c).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, c, ..)
@@ -202,7 +214,8 @@ class DensePredictor1d(nn.Module):
         self.head = nn.AdaptiveAvgPool1d(out[0] * stack) if pooling else nn.Linear(width, out[0] * stack)
 
     def forward(self, features):
-        x = self.head(features).unflatten(2, (self.channels, self.stack))  # (B, N, F) -> (B, N, c, k)
+        with in_fp32(features):
+            x = self.head(features.float()).unflatten(2, (self.channels, self.stack))  # (B, N, F) -> (B, N, c, k)
         return x.transpose(1, 2).flatten(2)  # (B, c, N k)
 
 
@@ -986,7 +999,7 @@ class Run:
             torch.distributed.barrier()
 
     def autocast(self):
-        """bf16 for the matrix products on CUDA; losses and distances stay in fp32."""
+        """bf16 for the encoder's matrix products on CUDA; what reads and writes fields, losses and distances stay in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
 
     def distribute(self, module):
@@ -1037,7 +1050,8 @@ class Run:
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
         model.eval()
         out, y = [], []
-        for index in torch.arange(self.rank, len(split), self.world, device=self.device).split(split.chunk):
+        chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
+        for index in torch.arange(len(split), device=self.device)[self.rank :: self.world].split(chunk):
             with self.autocast():
                 out.append(model(split.inputs(index)).float().cpu())
             y.append(split.targets(index).cpu())
@@ -1070,8 +1084,16 @@ class Run:
         return len(self.history)
 
     def end_epoch(self, net, model, optimizer, schedule, row):
-        """Print and keep one line of metrics.jsonl; keep the best model by `val` and everything that is needed to go on."""
+        """Print and keep one line of metrics.jsonl; keep the best model by `val` and everything that is needed to go on.
+
+        Raises UserError, and keeps nothing, when `val` is not finite.
+        """
         epoch = len(self.history)
+        if not math.isfinite(row["val"]):
+            raise UserError(
+                f"the error on validation is {row['val']} after epoch {epoch + 1}.\n"
+                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would meet it again."
+            )
         self.history.append({"epoch": epoch + 1, **row})
         self.seconds += row["seconds"]
         print(

@@ -61,12 +61,13 @@ def command_line(Args, doc):
         if hasattr(args, "task"):
             find_task(args.task)
         for name in ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature",
-                     "embedder_lr", "meta_lr", "inner_lr", "max_samples", "classes_per_problem", "source_samples"):  # fmt: skip
+                     "embedder_lr", "meta_lr", "inner_lr", "max_samples", "classes_per_problem", "source_samples",
+                     "jobs"):  # fmt: skip
             if (value := getattr(args, name, None)) is not None and not value > 0:
                 raise UserError(f"--{name.strip('_').replace('_', '-')} {value} must be positive.")
         for name, most in (("k_begin", 1), ("k_end", 1), ("seed", 2**32), ("gate_noise", 1e3), ("clip", 1e9),
-                           ("warmup_share", 1), ("embedder_epochs", 1e6), ("meta_epochs", 1e6), ("reg", 1e9),
-                           ("lambda_", 1e9), ("momentum", 1), ("dropout", 1), ("mix_weight", 1e6)):  # fmt: skip
+                           ("weight_decay", 1e6), ("warmup_share", 1), ("embedder_epochs", 1e6), ("meta_epochs", 1e6),
+                           ("reg", 1e9), ("lambda_", 1e9), ("momentum", 1), ("dropout", 1), ("mix_weight", 1e6)):  # fmt: skip
             if not 0 <= (getattr(args, name, None) or 0) <= most:
                 raise UserError(f"--{name.strip('_').replace('_', '-')} {getattr(args, name)} must lie between 0 and {most:g}.")
         return args
@@ -75,11 +76,13 @@ def command_line(Args, doc):
 
 
 def guarded(main, *args):
-    """Call `main`; a UserError, and a full disk, become one or two lines on stderr and exit code 2."""
+    """Call `main`; a UserError, a forbidden folder, a full disk become one or two lines on stderr and exit code 2."""
     try:
         return main(*args)
     except UserError as error:
         message = str(error)
+    except (PermissionError, NotADirectoryError) as error:
+        message = f"{error.filename}: {error.strerror}.\nGive a folder of your own."
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -151,7 +154,7 @@ DOWNLOADS = {
     "shallow_water2d": darus(133021, "75d838c47aa410694bdc912ea7f22282", 6600, "2D_rdb_NA_NA.h5"),
     "diffusion_reaction2d": darus(133017, "b8d0b86064193195ddc30c33be5dc949", 13200, "2D_diff-react_NA_NA.h5"),
     "cifar10": Download("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
-                        163, ("cifar-10-batches-py/data_batch_*",)),
+                        163, ("cifar-10-batches-py/data_batch_*", "cifar-10-batches-py/test_batch")),
     "tiny_imagenet": Download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
                               237, ("tiny-imagenet-200*",)),
     "voc": Download("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
@@ -168,6 +171,9 @@ DEPTH = 3  # where files are looked for: in the data folder itself, in its folde
 
 def present(download, data_dir):
     """Is all that the download gives in the folder? Patterns that begin with **/ look as deep as `locate`."""
+    file = Path(data_dir) / (download.name or download.url.rsplit("/", 1)[1])
+    if (download.unpack or file.name.endswith((".tar", ".tar.gz"))) and file.exists():
+        return False  # an archive goes when all of it is unpacked
 
     def found(pattern):
         deep = [f"{'*/' * depth}{pattern[3:]}" for depth in range(DEPTH)] if pattern.startswith("**/") else [pattern]
@@ -279,7 +285,7 @@ def reading(path, what):
     """Whatever goes wrong while a file is read becomes a UserError that names it: a damaged file can raise anything."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, PermissionError):  # no fault of the file
         raise
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # unpacking to a full disk is no fault of the file
@@ -562,9 +568,8 @@ def read_spherical(data_dir, cache):
     """The official file if it is there, else our projection of CIFAR-100, kept under `cache` (10.8 kB an image)."""
     path, splits = data_dir / "s2_cifar100.gz", []
     if path.exists():
-        content = unpickle(path)
-        for name in ("train", "test"):
-            part = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.get(name, {}).items()}
+        for name, content in zip(("train", "test"), unpickle_entries(path, "train", "test"), strict=True):
+            part = {k.decode() if isinstance(k, bytes) else k: v for k, v in dict(content).items()}
             if not {"images", "labels"} <= part.keys():
                 raise UserError(f"{path} has no images and labels under '{name}'.")
             splits.append(check_images(path, part["images"], part["labels"], (3, 60, 60), 100))
@@ -822,7 +827,7 @@ def read_psicov(data_dir, cache):
             d = d.copy()
             d[i, i] = np.nanmean(neighbours, axis=0)
             y = np.full((SIDE, SIDE), FAR, np.float32)
-            y[PAD : PAD + n, PAD : PAD + n] = np.nan_to_num(d)[:n, :n].clip(1, FAR)
+            y[PAD : PAD + n, PAD : PAD + n] = np.nan_to_num(d, nan=FAR)[:n, :n].clip(1, FAR)
         return y
 
     splits = []
@@ -1103,7 +1108,8 @@ def read_conll(data_dir, n, seed, files, relative=False):
     lines = [line.split() for line in text.splitlines()]
     lines = [line for line in lines if len(line) > 1 and line[0] != "-DOCSTART-"]
     tags = [line[-1].partition("-")[2] for line in lines]  # "B-PER" -> "PER", "O" -> ""
-    count = Counter(tag for tag, line in zip(tags, lines, strict=True) if line[-1].startswith("B-"))
+    begins = [line[-1].startswith("B-") or tag != before for line, tag, before in zip(lines, tags, ["", *tags], strict=False)]
+    count = Counter(tag for tag, new in zip(tags, begins, strict=True) if new and tag)  # eng.train has B- only inside runs
     types = sorted(tag for tag in count if tag and count[tag] >= 100)
     if len(lines) < WORDS or not types:
         raise UserError(f"{path}: {len(lines)} words with the tags {sorted(count)}; expected words with B- and I- tags, or O.")
@@ -1347,7 +1353,7 @@ def log_mel(sound):
 
     window = torch.hann_window(661, device=sound.device)
     power = torch.stft(sound, FFT, HOP, 661, window, center=True, pad_mode="reflect", return_complex=True).abs() ** 2
-    mel = torch.from_numpy(mel_filters()).to(sound.device).T @ power  # (96, 961) x (B, 961, 101)
+    mel = constant(mel_filters(), sound.device).T @ power  # (96, 961) x (B, 961, 101)
     decibel = 10 * mel.clamp(min=1e-10).log10()
     decibel = decibel.maximum(decibel.amax((1, 2), keepdim=True) - 80)
     return decibel - decibel.mean((1, 2), keepdim=True)
@@ -1394,11 +1400,24 @@ def hear(x, u):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+CONSTANTS = {}  # (id of values, device) -> values, tensor
+
+
+def constant(values, device):
+    """`values` as an fp32 tensor on the device, sent there once: a copy in every step would make the host wait each time."""
+    import torch
+
+    key = id(values), str(device)
+    if key not in CONSTANTS:  # values are kept, so that nothing else gets their id
+        CONSTANTS[key] = values, torch.as_tensor(values, dtype=torch.float32, device=device)
+    return CONSTANTS[key][1]
+
+
 def cross_entropy(out, y, weights=None):
     """- log softmax(out)_y, with `weights` the mean weighted by class. out (B, K), y (B,) -> scalar"""
     import torch
 
-    weights = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=out.device)
+    weights = None if weights is None else constant(weights, out.device)
     return torch.nn.functional.cross_entropy(out.float(), y, weights)
 
 
@@ -1406,7 +1425,7 @@ def presence(out, y, positive=1.0):
     """Binary cross-entropy, - positive y log p - (1 - y) log (1 - p), mean over all. out (B, K), y (B, K or more) -> scalar"""
     import torch
 
-    weight = torch.tensor(positive, device=out.device)
+    weight = constant(positive, out.device)
     return torch.nn.functional.binary_cross_entropy_with_logits(out.float(), y[:, : out.shape[1]], pos_weight=weight)
 
 
@@ -1436,9 +1455,7 @@ def nrmse(out, y):
 
 def relative_l2(out, y, mean=0.0, std=1.0):
     """|std out + mean - y|_2 / |y|_2 of each sample, then the mean. out, y (B, H, W), mean, std (H, W) -> scalar"""
-    import torch
-
-    mean, std = (torch.as_tensor(v, device=out.device) for v in (mean, std))
+    mean, std = (constant(v, out.device) for v in (mean, std))
     return nrmse(out.float() * std + mean, y)  # the same quotient: both norms divided by sqrt(H W)
 
 
@@ -1638,6 +1655,12 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
     lr = accumulate * lr if optimizer == "sgd" else lr
     weight_decay = weight_decay if optimizer == "adamw" else weight_decay / accumulate
     return Recipe(epochs, batch_size, accumulate, optimizer, lr, weight_decay, warmup, decay or epochs, **more)
+
+
+def without_accumulation(args):
+    """Learning rate and weight decay of a step on a single batch, as in a method's first stage: `published` undone."""
+    lr = args.lr / args.accumulate if args.optimizer == "sgd" else args.lr
+    return lr, args.weight_decay * (1 if args.optimizer == "adamw" else args.accumulate)
 
 
 def both(orca, **pare):
@@ -1993,7 +2016,8 @@ class Split:
         All processes follow one plan and take their own columns of it: G processes see the batches of one. What lies in files
         is read a batch ahead, in a thread.
         """
-        order, u = (part[:, rank::world].to(self.device) for part in self.plan(steps, batch_size, seed, epoch))
+        here = "cpu" if self.lazy else self.device  # what reads files needs the numbers before the device is free
+        order, u = (part[:, rank::world].to(here) for part in self.plan(steps, batch_size, seed, epoch))
 
         def read(step):
             return self._rows(self.x, order[step], u[step]), self.targets(order[step])
@@ -2004,7 +2028,7 @@ class Split:
                 x, y = following.result() if self.lazy else read(step)
                 if self.lazy and step + 1 < steps:
                     following = ahead.submit(read, step + 1)
-                yield self._prepare(x, u[step]), y
+                yield self._prepare(x, u[step].to(self.device)), y
 
 
 def subset(x, y, n, seed):

@@ -46,7 +46,7 @@ class Args:
     as_released: bool = False
     """do what the official code does where it differs from the paper"""
     resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened"""
+    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
@@ -136,7 +136,10 @@ def main(args):
     # ---- finetune: what trains
     net = model
     choose(model, args.mode)
-    warming_epochs = max(1, round(args.epochs * args.warmup_share)) if args.mode == "warmup" else 0
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise data.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
+    warms = args.mode == "warmup" and args.warmup_share > 0
+    warming_epochs = max(1, round(args.epochs * args.warmup_share)) if warms else 0
 
     # ---- optimizer and schedule
     if args.checkpoint:

@@ -55,7 +55,7 @@ class Args:
     as_released: bool = False
     """do what the official code does where it differs from the paper"""
     resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened"""
+    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
@@ -89,7 +89,7 @@ class Args:
     meta_epochs: int | None = None
     """passes over the training samples in stage 1, a step for each --batch-size. 0: naive fine-tuning"""
     meta_lr: float | None = None
-    """beta, the learning rate of stage 1. Default: that of stage 2"""
+    """beta, the learning rate of stage 1. Default: that of stage 2, for a single batch"""
     inner_lr: float = 0.1
     """alpha, of the virtual step. lambda alpha weighs the outer gradient: at fine-tuning rates it vanishes, see `ratio`"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
@@ -104,6 +104,7 @@ if __name__ == "__main__":  # the command line comes first: --help and mistakes 
     args = data.command_line(Args, __doc__)
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
@@ -226,13 +227,15 @@ def meta_train(model, source, train, source_set, task, args, progress):
     """
     model.eval()
     trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
-    optimizer = common.make_optimizer(trained, replace(args, lr=args.meta_lr or args.lr))
+    lr, weight_decay = data.without_accumulation(args)
+    optimizer = common.make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = max(1, len(train) // args.batch_size)
+    size_s = args.batch_size * -(-32 // args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = common.now(), torch.zeros(steps, 4, device=train.device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
-        batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
+        batches_s = source_set.batches(steps, size_s, args.seed, epoch, *common.processes())
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
             x_s, y_s = next(batches_s)
             with torch.no_grad():
@@ -248,6 +251,8 @@ def meta_train(model, source, train, source_set, task, args, progress):
             optimizer.zero_grad()  # stage 2 begins without them
         names = ("L_inner", "alignment", "uniformity", "ratio")
         row = {"epoch": epoch + 1, **dict(zip(names, logs.mean(0).tolist(), strict=True)), "seconds": common.now() - start}
+        if not all(map(math.isfinite, row.values())):
+            raise data.UserError(f"stage 1 is not finite in epoch {epoch + 1}: {row}.\nStart again with a lower --meta-lr.")
         print("MoNA    " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         rows.append(row)
     if args.lambda_ > 0 and args.gradient != "first-order" and rows[-1]["ratio"] < 0.01:
@@ -286,6 +291,7 @@ def main(args):
     if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
         model.to(device)
         source.embedder.to(device)
+        source_set.y = common.class_labels(source_set, seed=args.seed)  # masks become clusters
         rows = meta_train(model, source, train, source_set, task, args, run.progress)
         run.keep_stage1(rows, embedder=embedder, predictor=model.predictor)
 

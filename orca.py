@@ -53,7 +53,7 @@ class Args:
     as_released: bool = False
     """do what the official code does where it differs from the paper"""
     resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened"""
+    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
@@ -87,7 +87,8 @@ class Args:
     embedder_epochs: int | None = None
     """steps of stage 1, which each visit every class. 0: naive fine-tuning. Default: 60, at the tiny scale 20"""
     embedder_lr: float | None = None
-    """of stage 1, falling to a fifth after 20, 40 and 60 epochs. Default: 10 lr if lr is at most 1e-3, else lr (official)"""
+    """of stage 1, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times the lr of one batch, or lr if
+    that is above 1e-3"""
     objective: Literal["otdd", "otdd-gaussian", "mmd", "l2"] = "otdd"
     """what brings target and source together. otdd-gaussian takes classes for normal distributions; mmd, l2 ignore labels"""
     reg: float | None = None
@@ -146,16 +147,16 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
         u_s (n, D), y_s (n,): the embedded source and its labels.
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
         args: objective, reg, max_samples, classes_per_problem, as_released, embedder_epochs, embedder_lr, optimizer,
-            weight_decay, seed.
+            weight_decay, accumulate, seed.
         progress: wraps the embedder epochs.
     Returns: a row for each embedder epoch: its number, the distance before its step, seconds.
     Each process embeds its share of a problem's samples; all of them solve the whole problem, for all samples.
     """
     parameters = list(embedder.parameters())
-    lr = args.embedder_lr or (10 * args.lr if args.lr <= 1e-3 else args.lr)
-    optimizer = common.make_optimizer(embedder, replace(args, lr=lr))
-    decay = lambda epoch: 0.2 ** sum(epoch > milestone for milestone in (20, 40, 60))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
+    lr, weight_decay = data.without_accumulation(args)
+    lr = args.embedder_lr or (10 * lr if lr <= 1e-3 else lr)
+    optimizer = common.make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
     otdd = args.objective.startswith("otdd")
     terms_s = common.OtddTerms(u_s, y_s, inner_of(args), args.reg) if otdd else None  # constant: worked out once
     per_problem = args.classes_per_problem if otdd and not args.as_released else 1
@@ -175,6 +176,8 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
             parts = common.share(index).split(128)
             u_t = torch.cat([checkpoint(embed, embedder, train, part, use_reentrant=False) for part in parts])  # (m / G, D)
             u_t = common.gather(u_t, len(index))  # (m, D), of all G processes
+            if not torch.isfinite(u_t).all():
+                raise data.UserError(f"the embedder diverged in epoch {epoch + 1} of stage 1.\nLower --embedder-lr.")
             share = mass.sum()  # of the problem's classes
             loss = share * distance(args, u_s, y_s, u_t, y_t[index], mass, terms_s, generator)
             loss.backward()

@@ -53,7 +53,7 @@ class Args:
     as_released: bool = False
     """do what the official code does where it differs from the paper"""
     resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened"""
+    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
@@ -88,14 +88,14 @@ class Args:
     """k0 as a share of the N target tokens; 0.64 is the official 2000 of 3136. Less if pictures are far from the target"""
     k_end: float | None = None
     """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
-    ratio: Literal["k/k0", "k/N"] = "k/k0"
-    """lambda, the weight of the source label: k/k0 (text) starts at 1, k/N (code) is the share of source tokens: CutMix"""
+    ratio: Literal["k/k0", "k/N"] | None = None
+    """lambda, the weight of the source label: k/k0 (text, default) starts at 1, k/N (code) is the share of source tokens"""
     mix_weight: float | None = None
     """weight of L_mix in the total loss. Default: the official 1 (2D classification), 0.3 (2D fields), 0.1 (1D)"""
     temperature: float = 0.9
     """of the relaxed top-k that gives the gate its gradient; lower is closer to the hard choice"""
-    gate_noise: float = 0.0
-    """scale of Gumbel noise on the scores. The code's 1 drowns scores in (0, 1): the choice is then nearly random"""
+    gate_noise: float | None = None
+    """scale of Gumbel noise on the scores. Default 0; the code's 1 drowns scores in (0, 1): the choice is nearly random"""
 
 
 if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
@@ -224,8 +224,9 @@ class PaRe(nn.Module):
 
 
 def main(args):
-    if args.as_released:  # PaRe: rows P3, P6; P2 is in the recipe, P4, P5 and P8 come below
-        args = replace(args, ratio="k/N", gate_noise=1.0)  # PaRe
+    ratio, noise = ("k/N", 1.0) if args.as_released else ("k/k0", 0.0)  # PaRe: rows P3, P6
+    noise = noise if args.gate_noise is None else args.gate_noise  # PaRe
+    args = replace(args, ratio=args.ratio or ratio, gate_noise=noise)  # PaRe
 
     # ---- set up: processes, device, seed, data, run folder
     run = common.Run(args, "pare")  # PaRe
@@ -261,6 +262,8 @@ def main(args):
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
     if k_end > k0:
         raise data.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+    switch = 10 if task.modality == "2d" else 5  # as released, until this epoch; tiny runs are shorter than the official 60
+    switch = max(1, args.epochs * switch // 60) if args.scale == "tiny" else switch
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 
     # ---- optimizer and schedule
@@ -281,7 +284,7 @@ def main(args):
         batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)  # PaRe
         k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
         lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
-        gate_trains = not args.as_released or epoch < max(1, min(10, args.epochs // 6))  # PaRe: rows P4, P5
+        gate_trains = not args.as_released or epoch < switch  # PaRe: rows P4, P5
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps

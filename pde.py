@@ -538,6 +538,8 @@ class Args:
 
 
 def main(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("pde.py: there is no GPU here. Leave out --device cuda.")
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"Solutions made on {where}, torch {torch.__version__}\n")
     print("| task | cells | solutions | seconds | full set | seconds for it |\n|---|---|---|---|---|---|")

@@ -100,6 +100,7 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
         loss(model(x), y).backward()
         split = data.Split(x[:3].numpy(), y[:3].numpy(), 10, "toy", data.TASKS["spherical"], "cpu")
         run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.no_grad)
+        run.args = SimpleNamespace(batch_size=4)
         common.Run.evaluate(run, model, split, data.TASKS["spherical"])  # another batch size: not compiled
         model.train()
     assert counter.frame_count == 1  # a graph break would make two

@@ -74,7 +74,10 @@ def same(loaded, seed):
 
 def classifier(model, loaded):
     x, x_test = (part.inputs(slice(None)).flatten(1).numpy() for part in (loaded.train, loaded.test))
-    return torch.from_numpy(np.log(model.fit(x, loaded.train.y.numpy()).predict_proba(x_test) + 1e-12))  # metrics take logits
+    model.fit(x, loaded.train.y.numpy())
+    p = np.zeros((len(x_test), loaded.train.classes))
+    p[:, model.classes_] = model.predict_proba(x_test)  # columns are the classes seen in training
+    return torch.from_numpy(np.log(p + 1e-12))  # metrics take logits
 
 
 def boosting(loaded, seed):

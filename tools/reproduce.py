@@ -7,21 +7,22 @@ A method is a file, a mode of finetune.py, a variant of one of them (variants.py
 process of its own. They are forked from one that has imported everything, which saves a short run most of its time.
 """
 
-import contextlib
 import csv
 import importlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import shlex
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,79 +71,116 @@ class Args:
     """runs at a time: they share the CPU cores evenly, and take the GPUs in turn"""
 
 
+if __name__ == "__main__":
+    args = data.command_line(Args, __doc__)
+
+import torch
+
+import common
+
+
 def folder(out_dir, method):
     """Where the runs of a method lie: variants have a folder of their own, since a run's name says only file or mode."""
     return Path(out_dir) / method if "-" in method else Path(out_dir)
 
 
-def work(method, file, options, device, threads, log):
-    """One run, as the command `python FILE OPTIONS`; what it prints goes to the file `log`."""
-    with open(log, "w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
-    import torch
-
-    torch.set_num_threads(threads)
+def train(method, options):
+    """One run, as the command `python FILE OPTIONS`."""
+    file, *own = shlex.split(METHODS[method])
     module = importlib.import_module(file.removesuffix(".py"))
     PATCHES.get(method, lambda module: None)(module)
-    sys.argv = [file, *options]
+    sys.argv = [file, *own, *options]
     data.guarded(module.main, data.command_line(module.Args, module.__doc__))
 
 
-def start(args, task, method, seed, device, context):
-    """One run, unless it is finished. Returns whether it succeeded."""
-    out, (file, *options) = folder(args.out_dir, method), shlex.split(METHODS[method])
-    mode = options[1] if file == "finetune.py" else file.removesuffix(".py")
-    for finished in out.glob(f"{task}-{mode}-*-s{seed}/result.json"):  # toys are asked: real data may be there by now
-        if args.scale in ("auto", json.loads(finished.read_text())["scale"]):
-            return True
-    options += ["--task", task, "--scale", args.scale, "--seed", str(seed), "--data-dir", args.data_dir, "--out-dir", str(out)]
-    options += ["--resume", *(["--n-train", str(args.n_train)] if args.n_train else []), *shlex.split(args.options)]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder_of_log:
-        log = Path(folder_of_log) / "log"
-        process = context.Process(target=work, args=(method, file, options, device, threads, log))
-        process.start()
-        process.join()
-        if process.exitcode:
-            print(f"python {file} {shlex.join(options)}\n{log.read_text()[-2000:]}", file=sys.stderr)
-            return False
-    print(f"{task} {method} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    return True
-
-
-def measure(args, task, method, seed):
-    """A reference on the same split, unless it is finished or does not fit the task."""
+def refer(method, args, task, seed, out):
+    """A reference on the split of a run of that seed; nothing if it does not fit the task."""
     from tools import references
 
-    out = Path(args.out_dir) / f"{task}-{method}-s{seed}"
-    if (out / "result.json").exists():
-        return True
     began, n = time.perf_counter(), args.n_train or (data.TINY.n_train if args.scale == "tiny" else None)
-    with contextlib.redirect_stdout(sys.stderr):
-        loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
+    loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
     error = references.refer(method, loaded, seed)
     if error is not None:
         row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
                "data": loaded.train.kind, "scale": args.scale, "n_train": len(loaded.train),
                "seconds": time.perf_counter() - began}  # fmt: skip
-        out.mkdir(parents=True)
-        (out / "result.json").write_text(json.dumps(row))
+        out.mkdir(parents=True, exist_ok=True)
+        common.write(out / "result.json", json.dumps(row).encode())
+
+
+def child(log, device, threads, function, *arguments):
+    """`function` in this new process; what it prints goes to the file `log`. It does not outlive the process it comes from."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+    torch.set_num_threads(threads)
+    data.guarded(function, *arguments)
+
+
+STARTING = threading.Lock()  # a process started by one thread collects the exit codes of the others', which can be read once
+
+
+def start(args, task, method, seed, device, context):
+    """One run in a process of its own, unless it is finished. Returns whether it succeeded."""
+    out = folder(args.out_dir, method)
+    if method in REFERENCES:
+        work = refer, method, args, task, seed, out / f"{task}-{method}-s{seed}"
+        finished = list(out.glob(f"{task}-{method}-s{seed}/result.json"))
+    else:
+        options = ["--task", task, "--scale", args.scale, "--seed", str(seed), "--data-dir", args.data_dir]
+        options += ["--out-dir", str(out), "--resume", *shlex.split(args.options)]
+        options += ["--n-train", str(args.n_train)] if args.n_train else []
+        work = train, method, options
+        file, *own = shlex.split(METHODS[method])
+        mode = own[1] if file == "finetune.py" else file.removesuffix(".py")
+        finished = list(out.glob(f"{task}-{mode}-*-s{seed}/result.json"))  # toys are asked: real data may be there by now
+    if finished:
+        return True
+    threads, began = max(1, (os.cpu_count() or 1) // args.jobs), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder_of_log:
+        log = Path(folder_of_log) / "log"
+        process = context.Process(target=child, args=(log, device, threads, *work))
+        with STARTING:
+            process.start()
+        multiprocessing.connection.wait([process.sentinel])
+        with STARTING:
+            process.join()
+        if process.exitcode:
+            print(f"{task} {method} seed {seed} failed:\n{log.read_text()[-2000:]}", file=sys.stderr)
+            return False
+    print(f"{task} {method} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return True
 
 
+def same_options(args):
+    """Refuse an --out-dir whose runs of a task had other options: they would be taken for these."""
+    note = Path(args.out_dir) / "options.json"
+    before = json.loads(note.read_text()) if note.exists() else {}
+    chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
+    for task in args.tasks:
+        if before.setdefault(task, chosen) != chosen:
+            raise data.UserError(f"{args.out_dir} holds runs of {task} with {before[task]}.\nGive these another --out-dir.")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    common.write(note, json.dumps(before, indent=1).encode())
+
+
 def collect(out_dir):
-    """A row for each finished run below `out_dir`, as in results.csv."""
-    rows = []
-    for file in sorted(Path(out_dir).glob("**/result.json")):
+    """A row for each finished run in `out_dir` and its variants' folders, as in results.csv; a real one instead of a toy."""
+    rows = {}
+    for file in sorted([*Path(out_dir).glob("*/result.json"), *Path(out_dir).glob("*/*/result.json")]):
         row, variant = json.loads(file.read_text()), file.parent.parent.name
-        rows.append(
-            {name: row.get(name) for name in COLUMNS} | ({"method": variant} if "-" in variant and variant in METHODS else {})
-        )
-    return rows
+        if file.parent.parent != Path(out_dir):
+            if variant not in METHODS:
+                continue
+            row["method"] = variant
+        key = row["task"], row["method"], row["seed"]
+        if key not in rows or rows[key]["data"] == "toy":
+            rows[key] = {name: row.get(name) for name in COLUMNS}
+    return list(rows.values())
 
 
 def spread(values):
@@ -249,22 +287,23 @@ def main(args):
         data.find_task(task)
     if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
         raise data.UserError(f"there is no method {unknown[0]!r}; there are {', '.join((*METHODS, *REFERENCES))}.")
-    import torch
-
+    args = replace(args, scale=("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale)
+    if args.seeds:
+        same_options(args)
     # Windows has no fork: there each run imports everything itself
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     context.set_forkserver_preload(PRELOAD)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    devices = queue.SimpleQueue()  # GPUs that are free
-    gpus = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = gpus.split(",") if torch.cuda.is_available() else [None]
+    devices = queue.SimpleQueue()  # those that are free
     for slot in range(args.jobs):
-        devices.put(slot % gpus if gpus else None)
+        devices.put(gpus[slot % len(gpus)])
 
     def run(task, method, seed):
         device = devices.get()
         try:
-            wanted = args, task, method, seed
-            return measure(*wanted) if method in REFERENCES else start(*wanted, device, context)
+            return start(args, task, method, seed, device, context)
         finally:
             devices.put(device)
 
@@ -287,11 +326,12 @@ def main(args):
             table(rows, task)
         if len({row["task"] for row in rows}) > 1:
             overview(rows)
-            profile(rows, Path(args.out_dir) / "profile.png")
+            if everywhere(rows)[1]:
+                profile(rows, Path(args.out_dir) / "profile.png")
         paired(rows)
     if not all(done):
         raise data.UserError(f"{done.count(False)} of {len(done)} runs failed; the same command tries them again.")
 
 
 if __name__ == "__main__":
-    data.guarded(main, data.command_line(Args, __doc__))
+    data.guarded(main, args)
