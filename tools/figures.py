@@ -75,7 +75,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 import common
 import pare
 import pde
-from tools.reproduce import collect, of, spread
+from tools.reproduce import collect, of, read, spread
 
 PICK_S, PICK_T = 10, 16  # which toy pictures
 SIDE, PATCH = 64, 8  # the picture in pixels, a patch: 8 x 8 patches
@@ -214,7 +214,8 @@ def finished(run):
     """A run's result.json, and its "variant": what tools/reproduce.py calls its method."""
     if not (Path(run) / "result.json").exists():
         raise data.UserError(f"{run} holds no finished run (result.json).\nGive the folder of a run that has ended.")
-    return json.loads((Path(run) / "result.json").read_text()) | {"variant": collect(run)[0]["method"]}
+    file = Path(run) / "result.json"
+    return json.loads(file.read_text()) | {"variant": read(file)["method"]}
 
 
 def weights(run):

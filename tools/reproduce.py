@@ -168,15 +168,18 @@ def same_options(args):
     common.write(note, json.dumps(before, indent=1).encode())
 
 
+def read(file):
+    """A run's result.json; its method is the variant whose folder it lies in."""
+    row, variant = json.loads(file.read_text()), file.parent.parent.name
+    return row | ({"method": variant} if "-" in variant and variant in METHODS else {})
+
+
 def collect(out_dir):
     """A row for each finished run in `out_dir` and its variants' folders, as in results.csv; a real one instead of a toy."""
     rows = {}
-    for file in sorted([*Path(out_dir).glob("*/result.json"), *Path(out_dir).glob("*/*/result.json")]):
-        row, variant = json.loads(file.read_text()), file.parent.parent.name
-        if file.parent.parent != Path(out_dir):
-            if variant not in METHODS:
-                continue
-            row["method"] = variant
+    variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
+    for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
+        row = read(file)
         key = row["task"], row["method"], row["seed"]
         if key not in rows or rows[key]["data"] == "toy":
             rows[key] = {name: row.get(name) for name in COLUMNS}
