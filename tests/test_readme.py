@@ -1,5 +1,6 @@
 """What README shows works as it stands there."""
 
+import csv
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import numpy as np
 from conftest import ROOT, result
+
+from tools import reproduce
 
 README = (ROOT / "README.md").read_text()
 
@@ -38,3 +41,27 @@ def test_every_equation_is_on_the_line_that_the_table_names():
         lines = (ROOT / file).read_text().splitlines()
         now = [n for n, line in enumerate(lines, 1) if code in line]
         assert (file, number) == (link, anchor) and int(number) in now, f"{file}: {code!r} is on {now}, not {number}"
+
+
+def measured():
+    """docs/results.csv, as tools/reproduce.py has its rows."""
+    numbers = {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int}
+    with (ROOT / "docs/results.csv").open() as file:
+        return [row | {name: kind(row[name]) for name, kind in numbers.items()} for row in csv.DictReader(file)]
+
+
+def test_the_table_of_results_is_that_of_results_csv(capsys):
+    tasks = re.search(r"^\| method \| (.+) \|$", README[README.index("## Results") :], re.M)[1].split(" | ")
+    rows = [row for task in tasks for row in measured() if row["task"] == task]
+    assert all(len({row["seed"] for row in rows if row["task"] == task}) >= 5 for task in tasks)
+    reproduce.overview(rows)
+    assert capsys.readouterr().out.strip() in README
+
+
+def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
+    text, rows = (ROOT / "docs/results.md").read_text(), measured()
+    shown = re.findall(r"^(\w+): .+ data, .+ training samples$", text, re.M)
+    assert len(shown) >= 9
+    for task in shown:
+        reproduce.table(rows, task)
+        assert capsys.readouterr().out.strip() in text, f"{task}: the table is another than that of docs/results.csv"

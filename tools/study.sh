@@ -9,7 +9,7 @@ run() { python tools/reproduce.py --data-dir "$data" --out-dir "$runs" "$@"; }
 everything="scratch frozen naive warmup orca orca-released mona pare pare-released"
 pde="scratch frozen naive warmup orca mona pare" # as released, data and targets of PDE tasks are others
 start="naive-random pare-random orca-random mona-random naive-long naive-short"
-details="pare-end pare-share pare-highest pare-frozen-gate pare-noise pare-light
+details="pare-end pare-share pare-highest pare-frozen-gate pare-noise
          orca-one-class naive-released naive-test naive-mean naive-sum"
 gate="pare-k0.2 pare-k0.9 pare-chance pare-chance0.2 pare-chance0.9"
 orca="orca-e5 orca-e60 orca-freeze-embedder orca-freeze-encoder orca-freeze-both"

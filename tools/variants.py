@@ -27,7 +27,6 @@ METHODS = {
     "pare-highest": "pare.py",  # P4: the highest-scored target patches are replaced
     "pare-frozen-gate": "pare.py",  # P5
     "pare-noise": "pare.py --gate-noise 1",  # P6
-    "pare-light": "pare.py --mix-weight 0.3",  # P7
     # ---- PaRe: the gate against chance; noise that drowns the scores is a choice at random
     "pare-k0.2": "pare.py --k-begin 0.2",
     "pare-k0.4": "pare.py --k-begin 0.4",
