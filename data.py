@@ -1657,12 +1657,6 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
     return Recipe(epochs, batch_size, accumulate, optimizer, lr, weight_decay, warmup, decay or epochs, **more)
 
 
-def without_accumulation(args):
-    """Learning rate and weight decay of a step on a single batch, as in a method's first stage: `published` undone."""
-    lr = args.lr / args.accumulate if args.optimizer == "sgd" else args.lr
-    return lr, args.weight_decay * (1 if args.optimizer == "adamw" else args.accumulate)
-
-
 def both(orca, **pare):
     """Recipes for ORCA (which the other methods share) and for PaRe, which names what differs."""
     return {"orca": orca, "pare": replace(orca, **pare)}
@@ -1927,6 +1921,16 @@ def complete(args, method, scale):
         reg=Recipe.reg if args.as_released else recipe.reg,
     )
     return replace(args, **{f.name: getattr(recipe, f.name) for f in fields(recipe) if getattr(args, f.name, "") is None})
+
+
+def of_one_batch(args):
+    """Learning rate and weight decay in a first stage, which accumulates nothing: the published ones as they were before
+    `published` rescaled them; others as given."""
+    recipe = find_task(args.task).recipes["orca"]
+    released = args.scale == "full" and (args.lr, args.weight_decay) == (recipe.lr, recipe.weight_decay)
+    if not released or recipe.optimizer == "adamw":
+        return args.lr, args.weight_decay
+    return args.lr / (recipe.accumulate if recipe.optimizer == "sgd" else 1), args.weight_decay * recipe.accumulate
 
 
 # ---------------------------------------------------------------------------------------------------------------------

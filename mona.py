@@ -227,7 +227,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
     """
     model.eval()
     trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
-    lr, weight_decay = data.without_accumulation(args)
+    lr, weight_decay = data.of_one_batch(args)
     optimizer = common.make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = max(1, len(train) // args.batch_size)
     size_s = args.batch_size * -(-32 // args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack

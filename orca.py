@@ -147,13 +147,13 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
         u_s (n, D), y_s (n,): the embedded source and its labels.
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
         args: objective, reg, max_samples, classes_per_problem, as_released, embedder_epochs, embedder_lr, optimizer,
-            weight_decay, accumulate, seed.
+            weight_decay, task, scale, seed.
         progress: wraps the embedder epochs.
     Returns: a row for each embedder epoch: its number, the distance before its step, seconds.
     Each process embeds its share of a problem's samples; all of them solve the whole problem, for all samples.
     """
     parameters = list(embedder.parameters())
-    lr, weight_decay = data.without_accumulation(args)
+    lr, weight_decay = data.of_one_batch(args)
     lr = args.embedder_lr or (10 * lr if lr <= 1e-3 else lr)
     optimizer = common.make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)

@@ -201,3 +201,17 @@ def test_a_loss_that_is_not_finite_names_its_step_and_batch():
     with pytest.raises(data.UserError, match="nan at step 5 of epoch 1") as error:
         common.mean_loss(losses, split, 6, 0, Args)
     assert str(samples) in str(error.value).replace("...", "")
+
+
+def test_fields_are_not_rounded_by_autocast():
+    """bf16 keeps 8 bits: 2e-3 of a field would be lost, whatever is learned."""
+    torch.manual_seed(0)
+    parts = [
+        (common.DensePredictor1d(8, (1, 32), 4), torch.randn(2, 8, 8)),
+        (common.DensePredictor2d(8, (16, 16), 8), torch.randn(2, 4, 8)),
+        (common.Embedder1d(1, 32, 8), torch.randn(2, 1, 32)), (common.Embedder2d(3, 8, 16), torch.randn(2, 3, 16, 16)),
+    ]  # fmt: skip
+    for module, x in parts:
+        exact = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(x), exact), module

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, result, rows, weights
+from conftest import SHORT, here, result, rows, weights
 from safetensors.torch import load_file
 from torch.func import functional_call
 
@@ -210,3 +210,11 @@ def test_without_meta_epochs_mona_is_naive_fine_tuning(script, tmp_path):
     ours, naive = (tmp_path / f"spherical-{name}-tiny-swin-s0-toy" for name in ("mona", "naive"))
     assert rows(ours) == rows(naive)
     assert all(torch.equal(value, weights(naive)[name]) for name, value in weights(ours).items())
+
+
+def test_the_source_has_pairs_however_small_the_batch_and_whatever_its_labels(tmp_path):
+    """psicov's batches hold one sample: the outer loss needs two. Masks of a source become clusters."""
+    options = ["--task", "darcy", "--scale", "tiny", "--n-train", 4, "--batch-size", 1, "--epochs", 1, "--meta-epochs", 1]
+    here("mona.py", *options, "--source", "voc", out=tmp_path)
+    first = rows(next(tmp_path.glob("darcy*")))[0]
+    assert all(math.isfinite(first[name]) for name in ("L_inner", "uniformity", "ratio")) and first["alignment"] > 0

@@ -1,5 +1,6 @@
 """The same result however the work is cut, and what a mistake costs: subprocesses, toy data, the tiny backbone."""
 
+import errno
 import subprocess
 import sys
 import time
@@ -7,6 +8,8 @@ import time
 import pytest
 import torch
 from conftest import METHODS, ROOT, SHORT, here, result, rows, weights
+
+import data
 
 # ---- the same result however the work is cut
 
@@ -115,3 +118,21 @@ def test_no_room_on_the_disk_is_said_and_nothing_is_lost(script, tmp_path):
     error = script("finetune.py", *SHORT, out=tmp_path, code=2)
     assert "no space left" in error and "last.pt" in error and "Traceback" not in error
     script("finetune.py", *SHORT, "--resume", out=tmp_path)  # the disk has room again
+
+
+def test_a_run_that_diverges_is_told_and_keeps_nothing(tmp_path):
+    wild = ["--task", "advection1d", "--scale", "tiny", "--n-train", 32, "--epochs", 1, "--clip", 0]
+    with pytest.raises(data.UserError, match="the error on validation is nan"):  # after its last step
+        here("finetune.py", *wild, "--lr", 1e30, out=tmp_path)
+    with pytest.raises(data.UserError, match="Lower --embedder-lr"):
+        here("orca.py", *wild, "--embedder-lr", 1e30, "--objective", "mmd", "--embedder-epochs", 3, out=tmp_path)
+    assert not [*tmp_path.glob("*/last.pt"), *tmp_path.glob("*/stage1.safetensors")]
+
+
+def test_a_forbidden_folder_costs_two_lines(capsys):
+    def forbidden():
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")
+
+    with pytest.raises(SystemExit) as stop:
+        data.guarded(forbidden)
+    assert stop.value.code == 2 and "/somewhere: Permission denied" in capsys.readouterr().err

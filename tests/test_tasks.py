@@ -1,6 +1,7 @@
 """Every task: its official files written in small, read and checked; metrics and losses by hand; damaged and missing files."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -977,3 +978,41 @@ def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
     (tmp_path / "protein.zip").write_bytes(b"half a zip")
     with pytest.raises(data.UserError, match="protein.zip is not a whole archive"):
         data.fetch(data.DOWNLOADS["protein"], tmp_path)
+
+
+def test_a_first_stage_has_the_published_rate_of_one_batch():
+    import orca
+
+    for name, lr, decay in (("cifar100", 1e-4, 1e-3), ("ecg", 1e-6, 0.1), ("psicov", 5e-6, 1e-5)):  # hyperparameters.csv
+        args = data.complete(orca.Args(task=name, scale="full"), "orca", "full")
+        assert data.of_one_batch(args) == pytest.approx((lr, decay))
+        assert data.of_one_batch(dataclasses.replace(args, lr=0.3))[0] == 0.3  # a rate of one's own is left alone
+
+
+def test_text_whose_chunks_begin_with_b_only_inside_runs_is_read_alike(tmp_path):
+    words = [("a", "ORG"), ("b", "ORG"), ("c", ""), ("d", "PER"), ("e", "LOC")] * 130
+    begins = ["B-", "I-", "", "B-", "B-"] * 130
+    new = [f"{word} x x {begin + tag or 'O'}" for (word, tag), begin in zip(words, begins, strict=True)]
+    old = [f"{word} x x {'I-' + tag if tag else 'O'}" for word, tag in words]  # of different types: B- is not needed
+    for name, lines in (("new", new), ("old", old)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eng.train").write_text("\n".join(lines))
+    (x, y, n), (x_old, y_old, n_old) = (data.read_conll(tmp_path / name, 99, 0, ("eng.train",)) for name in ("new", "old"))
+    assert x == x_old and (y == y_old).all() and n == n_old == 4
+
+
+def test_an_archive_that_is_still_there_was_not_unpacked_to_its_end(tmp_path):
+    (tmp_path / "npy_train").mkdir()
+    assert data.present(data.DOWNLOADS["cosmic_train"], tmp_path)
+    (tmp_path / "deepCR.ACS-WFC.train.tar").touch()
+    assert not data.present(data.DOWNLOADS["cosmic_train"], tmp_path)
+
+
+def test_an_unknown_distance_between_residues_is_no_contact(tmp_path):
+    raw = write_psicov(tmp_path, lengths=(40, 60))
+    triple = np.empty(3, object)
+    triple[:] = [40, "A" * 40, raw["psicov40"][1]]
+    triple[2][3, 30] = np.nan
+    np.save(tmp_path / "protein/psicov/distance/psicov40-cb.npy", triple, allow_pickle=True)
+    y = full("psicov", tmp_path).test.targets(torch.arange(1))[0]
+    assert y[5 + 3, 5 + 30] == 16

@@ -93,6 +93,30 @@ def test_a_variant_differs_from_its_method_in_what_it_says(script, tmp_path):
     assert row["val"] == row["test"]
 
 
+def test_runs_of_other_options_are_not_taken_for_these_and_toys_not_for_real_data(script, tmp_path):
+    from tools import reproduce
+
+    command = ["tools/reproduce.py", "--tasks", "openml187", "--methods", "logistic", "--seeds", 1]
+    script(*command, out=tmp_path)
+    assert "Give these another --out-dir" in script(*command, "--n-train", 20, out=tmp_path, code=2)
+    row = {"task": "a", "method": "naive", "seed": 0, "scale": "tiny"}
+    for folder, kind, error in (("a-naive-b-s0", "official", 0.8), ("a-naive-b-s0-toy", "toy", 0.1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "result.json").write_text(json.dumps(row | {"data": kind, "test": error}))
+    assert [r["test"] for r in reproduce.collect(tmp_path) if r["task"] == "a"] == [0.8]
+
+
+def test_a_class_that_training_lacks_does_not_shift_the_others():
+    from types import SimpleNamespace
+
+    from tools import references
+
+    y, y_test = torch.tensor([0, 2, 3, 4]).repeat(20), torch.arange(5).repeat(4)
+    split = lambda y: SimpleNamespace(inputs=lambda _: torch.nn.functional.one_hot(y, 5).float()[:, None], y=y, classes=5)
+    out = references.logistic(SimpleNamespace(train=split(y), test=split(y_test)), 0)
+    assert out.shape == (20, 5) and ((out.argmax(1) != y_test) == (y_test == 1)).all()
+
+
 def test_a_reference_is_scored_like_a_method(script, tmp_path):
     from sklearn.datasets import load_breast_cancer
     from sklearn.linear_model import LogisticRegression
