@@ -960,9 +960,8 @@ class Run:
         self.stage1_file = self.folder / "stage1.safetensors"
         if any(file.exists() for file in (self.stage1_file, self.last, self.result_file)):
             if not args.resume:
-                raise UserError(
-                    f"{self.folder} holds a run already.\nGo on with --resume, choose another --out-dir, or remove the folder."
-                )
+                state = "a finished run: see result.json" if self.result_file.exists() else "a run already: go on with --resume"
+                raise UserError(f"{self.folder} holds {state}.\nOr choose another --out-dir, or remove the folder.")
             before = json.loads((self.folder / "args.json").read_text())
             free = ("resume", "out_dir", "data_dir")  # what may change without changing the result
             other = [

@@ -81,6 +81,9 @@ def guarded(main, *args):
         return main(*args)
     except UserError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped. A training run goes on with --resume.", file=sys.stderr)
+        raise SystemExit(130) from None
     except (PermissionError, NotADirectoryError) as error:
         message = f"{error.filename}: {error.strerror}.\nGive a folder of your own."
     except OSError as error:
@@ -1892,7 +1895,7 @@ def find_task(name):
     if table := re.fullmatch(r"openml([1-9]\d*)", name):
         return openml_task(int(table[1]))
     if name not in TASKS:
-        near = difflib.get_close_matches(name, [*TASKS, "openml<ID>"], 3, 0.4) or TASKS
+        near = difflib.get_close_matches(name, [*TASKS, "openml<ID>"], 3, 0.5) or TASKS
         raise UserError(f"there is no task {name!r}; perhaps {' or '.join(near)}. `python data.py` lists all.")
     return TASKS[name]
 
@@ -2067,6 +2070,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
         train, test, kind, *changes = read(data_dir, cache)
     except Missing as missing:
         advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` fetches the files."
+        advice = advice if task.downloads or task.name.startswith("openml") else "Put it there."  # a task of one's own
         if task.simulate:
             print(f"SIMULATED: {missing}\n           The equation is solved here instead.")
             train, test, kind, *changes = task.simulate(cache, scale, n_train, as_released, device)
@@ -2080,6 +2084,10 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
             test = task.toy(min(TOY_TEST, most), seed=1)
             kind, changes = "toy", []
     task = replace(task, **changes[0]) if changes else task
+    for part, (_, y) in (("training", train), ("test", test)):
+        if task.target == "class" and kind != "toy" and not 0 <= y.min() <= y.max() < task.output[0]:
+            raise UserError(f"{task.name}: the classes of the {part} set go from {y.min()} to {y.max()}.\n"
+                            f"Number its {task.output[0]} classes from 0 to {task.output[0] - 1}.")  # fmt: skip
     classes = count_classes(task.target, train[1]) if kind == "toy" else None if task.target == "field" else task.output[0]
     order = np.random.default_rng(seed).permutation(len(train[1]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))

@@ -1,5 +1,6 @@
 """Official layouts written in small, the projection, the augmentations, the splits, the downloads, the toy pictures."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -442,3 +443,16 @@ def test_a_shorter_run_has_the_same_learning_rate_curve_squeezed():
     assert (half.epochs, half.warmup_epochs, half.decay_epochs, half.lr) == (30, 2.5, 30, 1.0) and round(
         half.k_end * 3136
     ) == 500
+
+
+def test_classes_of_ones_own_have_to_begin_at_0(tmp_path, monkeypatch):
+    x, y = np.zeros((20, 3, 16), np.float32), np.arange(20) % 5
+    task = data.TASKS["satellite"]
+    own = lambda y: dataclasses.replace(
+        task, name="mine", shape=(3, 16), output=(5,), read=lambda *_: ((x, y), (x, y), "official"), downloads=()
+    )
+    monkeypatch.setitem(data.TASKS, "mine", own(y))
+    assert data.load("mine", tmp_path, tmp_path, "full").train.classes == 5
+    monkeypatch.setitem(data.TASKS, "mine", own(y + 1))
+    with pytest.raises(data.UserError, match="go from 1 to 5.\nNumber its 5 classes from 0 to 4"):
+        data.load("mine", tmp_path, tmp_path, "full")

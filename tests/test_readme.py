@@ -65,3 +65,14 @@ def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
     for task in shown:
         reproduce.table(rows, task)
         assert capsys.readouterr().out.strip() in text, f"{task}: the table is another than that of docs/results.csv"
+
+
+def test_nothing_is_left_to_be_filled_in():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"\b[A-Z]+_(TEXT|TABLE|ROWS|SECTION|SAT)\b", path.read_text()), path.name
+
+
+def test_links_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "weights").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
+            assert "://" in target or not target or (path.parent / target).exists(), f"{path.name}: {target}"

@@ -103,7 +103,7 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(script, uninterrupte
     folder = uninterrupted[1]
     before = (folder / "result.json").read_bytes()
     error = script("pare.py", *SHORT, *NOISE, out=folder.parent, code=2)
-    assert "holds a run already" in error and len(error.splitlines()) == 2
+    assert "holds a finished run" in error and len(error.splitlines()) == 2
     assert "finished before" in script("pare.py", *SHORT, *NOISE, "--resume", out=folder.parent)
     assert "gate_noise was 1.0, now 0.0" in script("pare.py", *SHORT, "--resume", out=folder.parent, code=2)
     assert (folder / "result.json").read_bytes() == before

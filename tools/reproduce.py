@@ -1,7 +1,9 @@
-"""Tasks x methods x seeds: runs what is missing, resumes what was killed, writes results.csv, profile.png and the tables.
+"""Tasks x methods x seeds: runs what is missing, resumes what was killed, writes results.csv and the tables, of
+several tasks also profile.png.
 
-python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
-python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
+    python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
+
+    python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
 
 A method is a file, a mode of finetune.py, a variant of one of them (variants.py), or a reference (references.py). Each run is a
 process of its own. They are forked from one that has imported everything, which saves a short run most of its time.
@@ -54,7 +56,8 @@ class Args:
     tasks: tuple[str, ...] = ("spherical",)
     """of `python data.py`"""
     methods: tuple[str, ...] = ("pare", "orca", "mona", "naive", "warmup", "frozen", "scratch")
-    """see METHODS and REFERENCES in this file"""
+    """files and modes: pare orca mona naive warmup frozen probe scratch; variants: tools/variants.py; references: boosting
+    logistic (classes), mean input fourier (fields)"""
     seeds: int = 3
     """seeds 0, 1, ..., each a run of its own. 0: only the tables of what there is"""
     n_train: int | None = None
@@ -66,7 +69,7 @@ class Args:
     out_dir: str = "runs"
     """a variant's runs lie in a folder of its name in here. Give every choice of options an --out-dir of its own"""
     options: str = ""
-    """more options, handed to every run as they are"""
+    """more options for every run, which all of its methods must know, with the equals sign: --options="--epochs 2" """
     jobs: int = 2
     """runs at a time: they share the CPU cores evenly, and take the GPUs in turn"""
 
