@@ -8,7 +8,7 @@ run() { python tools/reproduce.py --data-dir "$data" --out-dir "$runs" "$@"; }
 
 everything="scratch frozen naive warmup orca orca-released mona pare pare-released"
 pde="scratch frozen naive warmup orca mona pare" # as released, data and targets of PDE tasks are others
-start="naive-random pare-random orca-random mona-random naive-long naive-short"
+start="naive-random pare-random orca-random mona-random naive-20 naive-long naive-short"
 details="pare-end pare-share pare-highest pare-frozen-gate pare-noise
          orca-one-class naive-released naive-test naive-mean naive-sum"
 gate="pare-k0.2 pare-k0.9 pare-chance pare-chance0.2 pare-chance0.9"
@@ -23,7 +23,7 @@ orca="orca-e5 orca-e60 orca-freeze-embedder orca-freeze-encoder orca-freeze-both
   run --tasks darcy2d diffusion_reaction2d --n-train 450 --seeds 1 --methods naive orca mona pare mean input --options="--source cifar10"
   run --tasks burgers1d diffusion_reaction1d diffusion_sorption1d navier_stokes1d --n-train 450 --seeds 1 --methods naive orca mona pare mean input
   run --tasks advection1d --n-train 450 --seeds 5 --methods $pde mean input
-  run --tasks darcy shallow_water2d --n-train 450 --seeds 3 --methods naive-long --options="--source cifar10"
+  run --tasks darcy shallow_water2d --n-train 450 --seeds 3 --methods naive-20 naive-long --options="--source cifar10"
   run --tasks cifar100 --n-train 1000 --seeds 2 --methods $start $details
   run --tasks spherical --n-train 1000 --seeds 5 --methods $everything
   run --tasks satellite --n-train 500 --seeds 2 --methods naive-long orca-proxy1d $orca

@@ -20,6 +20,7 @@ METHODS = {
     "mona-random": "mona.py --init random",
     "naive-random": "finetune.py --mode naive --init random",
     "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: as many samples through the encoder as PaRe in 12
+    "naive-20": "finetune.py --mode naive --epochs 20",  # as many as MoNA in 12
     "naive-short": "finetune.py --mode naive --epochs 3",
     # ---- PaRe: one row of docs/paper-vs-code.md each
     "pare-end": "pare.py --k-end 0.16",  # P2: k falls to the official 500 of 3136
