@@ -25,10 +25,10 @@ orca="orca-e5 orca-e60 orca-freeze-embedder orca-freeze-encoder orca-freeze-both
   run --tasks advection1d --n-train 450 --seeds 5 --methods $pde mean input
   run --tasks darcy shallow_water2d --n-train 450 --seeds 3 --methods naive-20 naive-long --options="--source cifar10"
   run --tasks cifar100 --n-train 1000 --seeds 2 --methods $start $details
-  run --tasks spherical --n-train 1000 --seeds 5 --methods $everything
   run --tasks satellite --n-train 500 --seeds 2 --methods naive-long orca-proxy1d $orca
   run --tasks cifar100 --n-train 1000 --seeds 2 --methods $gate
   run --tasks cifar100 --n-train 1000 --seeds 1 --methods $orca orca-proxy
+  run --tasks spherical --n-train 1000 --seeds 5 --methods $everything
   run --tasks cifar100 spherical satellite darcy shallow_water2d advection1d openml1510 openml187 openml28 --seeds 0
 }
 
