@@ -249,6 +249,8 @@ def profile(rows, path):
         shares = [(i + 1) / len(tasks) for i in range(len(tasks))]
         axis.step([1, *row, most], [0, *shares, shares[-1]], where="post", label=method, linewidth=1.6)
     axis.set(xscale="log", xlim=(1, most), ylim=(0, 1.03), xlabel="tau", ylabel="tasks with error <= tau x best")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.set_title(f"{len(tasks)} tasks, mean over seeds", fontsize=10)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8, loc="lower right")

@@ -40,7 +40,7 @@ draw curves "$runs"/cifar100-{scratch,frozen,naive,orca,mona,pare}-tiny-swin-s*
 draw landscape "$runs"/cifar100-{naive,pare}-tiny-swin-s0
 draw path "$runs"/darcy-pare-tiny-swin-s0
 draw embeddings "$runs"/darcy-pare-tiny-swin-s0
-draw patches "$runs"/spherical-pare-tiny-swin-s0
+draw patches "$runs"/cifar100-pare-tiny-swin-s0
 draw gate --task cifar100
 draw source "$runs"/{cifar100,darcy}-{naive,mona,pare}-tiny-swin-s0
 draw forgetting "$runs"/{cifar100,spherical,darcy,shallow_water2d}-naive-tiny-swin-s[0-2] \
