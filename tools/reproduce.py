@@ -35,7 +35,7 @@ from tools.variants import METHODS, PATCHES
 PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.cluster", "matplotlib.pyplot")
 REFERENCES = ("boosting", "logistic", "mean", "input", "fourier")  # tools/references.py; those that fit the task
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
-           "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
+           "lr", "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
 
 # Published at full scale: ORCA, MoNA and PaRe papers. 0-1 errors of cifar100, spherical, ninapro and satellite as shares.
 PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
@@ -172,8 +172,9 @@ def same_options(args):
 
 
 def read(file):
-    """A run's result.json; its method is the variant whose folder it lies in."""
-    row, variant = json.loads(file.read_text()), file.parent.parent.name
+    """A run's result.json, and its learning rate; its method is the variant whose folder it lies in."""
+    row, variant, options = json.loads(file.read_text()), file.parent.parent.name, file.with_name("args.json")
+    row["lr"] = json.loads(options.read_text())["lr"] if options.exists() else None  # a reference has none
     return row | ({"method": variant} if "-" in variant and variant in METHODS else {})
 
 
