@@ -48,8 +48,8 @@ METHODS = {
     # ---- the protocol
     "naive-test": "finetune.py --mode naive",  # O11: the best epoch on the test set
     # O14: four gradients averaged; added up, which is four times the rate
-    "naive-mean": "finetune.py --mode naive --optimizer sgd --lr 0.1 --batch-size 8 --accumulate 4 --clip 0",
-    "naive-sum": "finetune.py --mode naive --optimizer sgd --lr 0.4 --batch-size 8 --accumulate 4 --clip 0",
+    "naive-mean": "finetune.py --mode naive --optimizer sgd --lr 0.003 --batch-size 8 --accumulate 4 --clip 0",
+    "naive-sum": "finetune.py --mode naive --optimizer sgd --lr 0.012 --batch-size 8 --accumulate 4 --clip 0",
 }
 
 
