@@ -61,10 +61,34 @@ def test_the_table_of_results_is_that_of_results_csv(capsys):
 def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
     text, rows = (ROOT / "docs/results.md").read_text(), measured()
     shown = re.findall(r"^(\w+): .+ data, .+ training samples$", text, re.M)
-    assert len(shown) >= 8
+    assert len(shown) >= 9
     for task in shown:
         reproduce.table(rows, task)
         assert capsys.readouterr().out.strip() in text, f"{task}: the table is another than that of docs/results.csv"
+
+
+def test_every_mean_and_spread_in_the_docs_is_one_of_results_csv():
+    rows, text = measured(), (ROOT / "docs/results.md").read_text()
+    text = text[: text.index("## More samples")]  # its runs are of earlier commits, and not in the file
+    groups = {}
+    for row in rows:
+        for which in ("test", "test_last"):
+            groups.setdefault((row["task"], row["method"], which), []).append(row[which])
+    known = {reproduce.spread(values) for values in groups.values()}
+    shown = set(re.findall(r"\d\.\d{4} ± \d\.\d{4}", text))
+    assert len(shown) > 200 and shown <= known, shown - known
+
+
+def test_the_table_of_learning_rates_is_that_of_rates_csv():
+    with (ROOT / "docs/rates.csv").open() as file:
+        errors = {(row["task"], row["method"], float(row["lr"])): float(row["val"]) for row in csv.DictReader(file)}
+    text = (ROOT / "docs/results.md").read_text()
+    head = re.search(r"^\| task \| method \| (3e-4.*) \|$", text, re.M)
+    rates = [float(rate) for rate in head[1].split(" | ")]
+    shown = re.findall(r"^\| (\w+) \| (\w+) \| (.+) \|$", text[head.end() :].split("\n\n")[0], re.M)
+    assert len(shown) * len(rates) == len(errors)
+    for task, method, cells in shown:
+        assert cells.replace("*", "").split(" | ") == [f"{errors[task, method, rate]:.4f}" for rate in rates]
 
 
 def test_nothing_is_left_to_be_filled_in():
