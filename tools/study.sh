@@ -57,6 +57,7 @@ draw gate --task cifar100
 draw source "$runs"/{cifar100,darcy}-{naive,mona,pare}-tiny-swin-s0
 draw forgetting "$runs"/{cifar100,spherical,darcy,shallow_water2d}-naive-tiny-swin-s[0-2] \
   "$runs"/cifar100-{frozen,warmup,orca,mona,pare}-tiny-swin-s[0-2] "$runs"/naive-{short,long}/cifar100-*-s[0-2]
+draw probe "$runs"/darcy-{naive,orca,mona,pare}-tiny-swin-s[0-2] # a table, printed
 draw discrepancy
 draw ablation --task cifar100
 out=docs/figures/satellite draw ablation --task satellite
