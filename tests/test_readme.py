@@ -58,6 +58,18 @@ def test_the_table_of_results_is_that_of_results_csv(capsys):
     assert capsys.readouterr().out.strip() in README
 
 
+def test_the_numbers_below_the_table_are_those_of_results_csv():
+    mean = lambda task, method: np.mean([row["test"] for row in reproduce.of(measured(), task=task, method=method)])
+    darcy, water, satellite = mean("darcy", "naive-20"), mean("shallow_water2d", "naive-20"), mean("satellite", "naive-long")
+    text = README.replace("\n  ", " ")
+    assert f"{darcy:.3f} on darcy and {water:.3f} on shallow water" in text and f"on satellite {satellite:.3f}" in text
+    gain = {t: mean(t, "naive") - mean(t, "mona") for t in ("satellite", "darcy", "shallow_water2d")}
+    orca, mona = mean("satellite", "naive") - mean("satellite", "orca"), gain["satellite"]
+    shares = sorted(gain[task] / mean(task, "naive") for task in ("darcy", "shallow_water2d"))
+    first = f"ORCA by {100 * orca:.0f} points on satellite series, MoNA by {100 * mona:.0f} there"
+    assert f"{first} and by {100 * shares[0]:.0f} and {100 * shares[1]:.0f} % on 2D fields" in text
+
+
 def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
     text, rows = (ROOT / "docs/results.md").read_text(), measured()
     shown = re.findall(r"^(\w+): .+ data, .+ training samples$", text, re.M)
