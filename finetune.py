@@ -18,82 +18,27 @@ from another embedder than ORCA, which is worth more than most methods. `--as-re
 docs/paper-vs-code.md, O2.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Literal
-
-import data
-
-
-@dataclass(frozen=True)
-class Args:
-    # ---- the same in every method file
-    task: str = "spherical"
-    """what to adapt to; `python data.py` lists the tasks"""
-    scale: Literal["auto", "tiny", "full"] = "auto"
-    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
-    backbone: str | None = None
-    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
-    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
-    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
-    data_dir: str = "datasets"
-    """where the official files are read from; nothing is written there"""
-    out_dir: str = "runs"
-    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
-    seed: int = 0
-    """of every random draw. One seed is an anecdote: report at least three"""
-    init: Literal["copy", "random"] = "copy"
-    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
-    as_released: bool = False
-    """do what the official code does where it differs from the paper"""
-    resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
-    compile: bool = False
-    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
-    checkpoint: bool = False
-    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
-    epochs: int | None = None
-    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
-    n_train: int | None = None
-    """training samples used; fewer is where methods differ most"""
-    batch_size: int | None = None
-    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
-    accumulate: int | None = None
-    """forward passes averaged into one optimizer step"""
-    optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """the Adams have betas (0.9, 0.98)"""
-    momentum: float | None = None
-    """of sgd"""
-    dropout: float | None = None
-    """of a text encoder's hidden states and attention; 0 in most published settings"""
-    lr: float | None = None
-    """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
-    weight_decay: float | None = None
-    """on all parameters"""
-    clip: float | None = None
-    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
-    warmup_epochs: float | None = None
-    """the learning rate rises linearly for so long"""
-    decay_epochs: float | None = None
-    """and falls linearly to 0 until here, which may lie beyond the last epoch"""
-
-    # ---- finetune
-    mode: Literal["naive", "scratch", "frozen", "warmup", "probe"] = "naive"
-    """what trains, and from where: see above"""
-    warmup_share: float = 1 / 6
-    """warmup: share of --epochs that trains only the embedder"""
-
-
-if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
-    args = data.command_line(Args, __doc__)
 
 import torch
 from torch import nn
 
+import cli
 import common
+import data
+from run import LOG_EVERY, Run, make_optimizer, make_schedule, mean_loss, seed_everything
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Args(cli.Args):
+    """The options of the baselines; those that all methods share are in cli.Args."""
+
+    mode: Literal["naive", "scratch", "frozen", "warmup", "probe"] = "naive"
+    """what trains, and from where: see above"""
+    warmup_share: float = 1 / 6
+    """warmup: share of --epochs that trains only the embedder"""
 
 
 def trains(mode, name, warming):
@@ -114,15 +59,15 @@ def choose(model, mode, warming=False):
 
 def main(args):
     # ---- set up: processes, device, seed, data, run folder
-    run = common.Run(args, "finetune")  # finetune
+    run = Run(args, "finetune")  # finetune
     args, device = run.args, run.device
-    with run.first():
+    with run.first_process_first():
         source = common.load_source(args.backbone, pretrained=args.mode != "scratch")  # finetune
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
     task, train = loaded.task, loaded.train
-    if not run.open(train):  # finetune
+    if not run.start(train):  # finetune
         return
 
     # ---- the model
@@ -137,30 +82,30 @@ def main(args):
     net = model
     choose(model, args.mode)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise data.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
+        raise cli.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
     warms = args.mode == "warmup" and args.warmup_share > 0
     warming_epochs = max(1, round(args.epochs * args.warmup_share)) if warms else 0
 
     # ---- optimizer and schedule
     if args.checkpoint:
-        common.checkpoint_blocks(model.encoder)
+        common.checkpoint_activations(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
-    optimizer = common.make_optimizer(net, args)
-    scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
+    optimizer = make_optimizer(net, args)
+    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        common.seed_everything(args.seed, epoch, run.rank)
+        seed_everything(args.seed, epoch, run.rank)
         net.train()
         choose(model, args.mode, epoch < warming_epochs)  # finetune
-        start, losses = common.now(), torch.zeros(steps, device=device)
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
-            with run.accumulating(net, step_follows):
+            with run.no_sync_unless(step_follows, net):
                 with run.autocast():
                     out = net(x)  # finetune: (B, K)
                 loss = task.loss(out, y)
@@ -172,9 +117,9 @@ def main(args):
                 scheduler.step()
                 optimizer.zero_grad()
             losses[step] = loss.detach()
-            if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
-                bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
-        seconds = common.now() - start
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         run.end_epoch(net, model, optimizer, scheduler, row)
@@ -184,4 +129,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, cli.command_line(Args, __doc__, data.find_task))

@@ -25,67 +25,28 @@ alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the 
 docs/mona.md for how the defaults were found.
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import torch
+import torch.nn.functional as F
 import tyro
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cli
+import common
 import data
+from run import LOG_EVERY, Run, average, gather, make_optimizer, make_schedule, mean_loss, processes, seed_everything
 
 
 @dataclass(frozen=True)
-class Args:
-    # ---- the same in every method file
-    task: str = "spherical"
-    """what to adapt to; `python data.py` lists the tasks"""
-    scale: Literal["auto", "tiny", "full"] = "auto"
-    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
-    backbone: str | None = None
-    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
-    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
-    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
-    data_dir: str = "datasets"
-    """where the official files are read from; nothing is written there"""
-    out_dir: str = "runs"
-    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
-    seed: int = 0
-    """of every random draw. One seed is an anecdote: report at least three"""
-    init: Literal["copy", "random"] = "copy"
-    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
-    as_released: bool = False
-    """do what the official code does where it differs from the paper"""
-    resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
-    compile: bool = False
-    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
-    checkpoint: bool = False
-    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
-    epochs: int | None = None
-    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
-    n_train: int | None = None
-    """training samples used; fewer is where methods differ most"""
-    batch_size: int | None = None
-    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
-    accumulate: int | None = None
-    """forward passes averaged into one optimizer step"""
-    optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """the Adams have betas (0.9, 0.98)"""
-    momentum: float | None = None
-    """of sgd"""
-    dropout: float | None = None
-    """of a text encoder's hidden states and attention; 0 in most published settings"""
-    lr: float | None = None
-    """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
-    weight_decay: float | None = None
-    """on all parameters"""
-    clip: float | None = None
-    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
-    warmup_epochs: float | None = None
-    """the learning rate rises linearly for so long"""
-    decay_epochs: float | None = None
-    """and falls linearly to 0 until here, which may lie beyond the last epoch"""
+class Args(cli.Args):
+    """The options of MoNA; those that all methods share are in cli.Args."""
 
-    # ---- MoNA
     meta_epochs: int | None = None
     """passes over the training samples in stage 1, a step for each --batch-size. 0: naive fine-tuning"""
     meta_lr: float | None = None
@@ -94,32 +55,13 @@ class Args:
     """alpha, of the virtual step. lambda alpha weighs the outer gradient: at fine-tuning rates it vanishes, see `ratio`"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
     """weight of the source's loss. 0: embedder warm-up"""
-    gradient: Literal["finite-difference", "exact", "first-order"] = "finite-difference"
-    """of L_outer. exact: double backward, more memory. first-order: what MAML's shortcut leaves of it, which is nothing"""
+    gradient: Literal["finite-difference", "exact"] = "finite-difference"
+    """of L_outer. exact: double backward, with more memory"""
     predictor: Literal["trained", "frozen"] = "trained"
     """in stage 1; the texts do not say"""
 
 
-if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
-    args = data.command_line(Args, __doc__)
-
-import contextlib
-import math
-
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import common
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def squared_distances(f):
+def pair_distances(f):
     """|F_i - F_j|^2 = 2 - 2 <F_i, F_j> of unit vectors, and which pairs are of two samples. (n, F) -> (n, n), (n, n) bool"""
     return 2 - 2 * f @ f.T, ~torch.eye(len(f), dtype=torch.bool, device=f.device)
 
@@ -129,8 +71,8 @@ def alignment(f, y):
 
     f (n, F) unit vectors, y (n,) classes -> scalar in [0, 4] (Wang and Isola 2020, alpha = 2; same class = positive pair).
     """
-    d, other = squared_distances(f)
-    pairs = (y[:, None] == y[None]) & other  # (n, n)
+    d, off_diagonal = pair_distances(f)
+    pairs = (y[:, None] == y[None]) & off_diagonal  # (n, n)
     return (d * pairs).sum() / pairs.sum().clamp(min=1)
 
 
@@ -139,8 +81,8 @@ def uniformity(f):
 
     f (n, F) unit vectors, n > 1 -> scalar (Wang and Isola 2020, t = 2).
     """
-    d, other = squared_distances(f)
-    return torch.log(torch.exp(-2 * d)[other].mean())
+    d, off_diagonal = pair_distances(f)
+    return torch.log(torch.exp(-2 * d)[off_diagonal].mean())
 
 
 def outer_loss(encoder, theta, tokens_s, y_s):
@@ -149,7 +91,7 @@ def outer_loss(encoder, theta, tokens_s, y_s):
     Pairs are of all samples: of G processes each has its share of the tokens, and all of the classes y_s.
     """
     features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B / G, n, F) -> (B / G, F)
-    f = common.gather(F.normalize(features, dim=1))  # (B, F)
+    f = gather(F.normalize(features, dim=1))  # (B, F)
     return alignment(f, y_s), uniformity(f)
 
 
@@ -169,54 +111,63 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     Args:
         model: a common.Model; its encoder is left untouched, bit for bit.
         loss: (out, y) -> scalar. x_t, y_t: a target batch.
-        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes. Of G processes each gives its share.
+        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes. Of G processes each gives its part.
         inner_lr, lambda_: alpha and lambda.
-        gradient: "finite-difference", "exact" or "first-order".
+        gradient: "finite-difference" or "exact".
     Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (4,):
         L_inner, alignment, uniformity, |outer part| / |inner part| of the embedder's gradient.
     """
+    way = {"finite-difference": finite_difference, "exact": exact}[gradient]
+    y_t, y_s = gather(y_t), gather(y_s)  # losses are of the batches of all processes
+
+    def inner_loss(theta, tokens):  # L(h(f(e(x_t); theta)), y_t)
+        return loss(gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
+
+    with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
+        inner_e, inner_h, outer_e, losses = way(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
+    inner_e, inner_h, outer_e = average(inner_e), average(inner_h), average(outer_e)
+    norm = lambda parts: torch.stack(torch._foreach_norm(parts)).norm()
+    log = torch.stack([*losses, norm(outer_e) / norm(inner_e)]).detach()
+    return [a + b for a, b in zip(inner_e, outer_e, strict=True)], inner_h, log
+
+
+def exact(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
+    """The gradients of `meta_gradient` by double backward: of L_inner in e and h, of lambda L_outer in e, and the losses."""
+    theta = dict(model.encoder.named_parameters())
+    e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        L_inner = inner_loss(theta, model.embedder(x_t))  # line 1
+        g_theta = average(torch.autograd.grad(L_inner, list(theta.values()), create_graph=True))
+        theta_star = {name: p - alpha * g for (name, p), g in zip(theta.items(), g_theta, strict=True)}  # line 2
+        align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)  # lines 3 and 4
+        outer_e = torch.autograd.grad(lambda_ * (align + uniform), e, retain_graph=True)  # line 5
+        inner = torch.autograd.grad(L_inner, [*e, *h])
+    return inner[: len(e)], inner[len(e) :], outer_e, (L_inner, align, uniform)
+
+
+def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
+    """The same from two more gradients of L_inner, at theta_0 + c v and theta_0 - c v."""
     theta = {name: p.detach().requires_grad_() for name, p in model.encoder.named_parameters()}
     e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
-    exact = gradient == "exact"
     embedded = model.embedder(x_t)  # (B, N, D)
-    tokens = embedded if exact else embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once
-    y_t, y_s = common.gather(y_t), common.gather(y_s)  # losses are of the batches of all processes
-
-    def inner_loss(theta):
-        return loss(common.gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
-
-    # a difference of near numbers needs all their digits; fused attention has no second derivative
-    with torch.autocast(x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():
-        L_inner = inner_loss(theta)  # line 1
-        g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()], create_graph=exact)
-        g_h, g_theta = [part.detach() for part in g[: len(h)]], g[len(h) :]
-        g_e = torch.autograd.grad(embedded, e, g_tokens.detach(), retain_graph=True)
-        if gradient == "first-order":
-            zero = torch.zeros_like(L_inner)
-            return common.average(g_e), common.average(g_h), torch.stack([L_inner.detach(), zero, zero, zero])
-        g_theta = common.average(g_theta)
-        with contextlib.nullcontext() if exact else torch.no_grad():  # line 2
-            theta_star = {name: p - inner_lr * d for (name, p), d in zip(theta.items(), g_theta, strict=True)}
-        del g, g_theta  # each is as large as the encoder
-        if exact:
-            align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
-            outer = torch.autograd.grad(lambda_ * (align + uniform), e)
-        else:
-            theta_star = {name: p.requires_grad_() for name, p in theta_star.items()}
-            align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)
-            v = common.average(torch.autograd.grad(align + uniform, list(theta_star.values())))
-            del theta_star
-            c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
-            sides = []
-            for sign in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
-                moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
-                sides += torch.autograd.grad(inner_loss(moved), tokens)
-                del moved
-            outer = torch.autograd.grad(embedded, e, -lambda_ * inner_lr * (sides[0] - sides[1]) / (2 * c))
-    g_e, g_h, outer = (common.average(part) for part in (g_e, g_h, outer))
-    norm = lambda parts: torch.stack(torch._foreach_norm(parts)).norm()
-    log = torch.stack([L_inner, align, uniform, norm(outer) / norm(g_e)]).detach()
-    return [a + b for a, b in zip(g_e, outer, strict=True)], g_h, log
+    tokens = embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once each
+    L_inner = inner_loss(theta, tokens)  # line 1
+    g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()])
+    inner_h, g_theta = g[: len(h)], average(g[len(h) :])
+    theta_star = {name: (p.detach() - alpha * d).requires_grad_() for (name, p), d in zip(theta.items(), g_theta, strict=True)}
+    del g, g_theta  # line 2 is done; each is as large as the encoder
+    align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)  # lines 3 and 4
+    v = average(torch.autograd.grad(align + uniform, list(theta_star.values())))
+    del theta_star
+    c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
+    sides = []
+    for sign in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
+        moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
+        sides += torch.autograd.grad(inner_loss(moved, tokens), tokens)
+        del moved
+    inner_e = torch.autograd.grad(embedded, e, g_tokens, retain_graph=True)
+    outer_e = torch.autograd.grad(embedded, e, -lambda_ * alpha * (sides[0] - sides[1]) / (2 * c))  # line 5
+    return inner_e, inner_h, outer_e, (L_inner, align, uniform)
 
 
 def meta_train(model, source, train, source_set, task, args, progress):
@@ -228,14 +179,14 @@ def meta_train(model, source, train, source_set, task, args, progress):
     model.eval()
     trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
     lr, weight_decay = data.of_one_batch(args)
-    optimizer = common.make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
+    optimizer = make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = max(1, len(train) // args.batch_size)
     size_s = args.batch_size * -(-32 // args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
     rows = []
     for epoch in range(args.meta_epochs):
-        start, logs = common.now(), torch.zeros(steps, 4, device=train.device)
-        batches = train.batches(steps, args.batch_size, args.seed, epoch, *common.processes())
-        batches_s = source_set.batches(steps, size_s, args.seed, epoch, *common.processes())
+        start, logs = time.perf_counter(), torch.zeros(steps, 4, device=train.device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, *processes())
+        batches_s = source_set.batches(steps, size_s, args.seed, epoch, *processes())
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
             x_s, y_s = next(batches_s)
             with torch.no_grad():
@@ -243,19 +194,22 @@ def meta_train(model, source, train, source_set, task, args, progress):
             g_e, g_h, logs[step] = meta_gradient(
                 model, task.loss, x_t, y_t, tokens_s, y_s, args.inner_lr, args.lambda_, args.gradient
             )
-            for parameter, gradient in zip(trained.parameters(), g_e + g_h, strict=False):  # without g_h if frozen
+            for parameter, gradient in zip(model.embedder.parameters(), g_e, strict=True):
                 parameter.grad = gradient
+            for parameter, gradient in zip(model.predictor.parameters(), g_h, strict=True):
+                parameter.grad = gradient if args.predictor == "trained" else None
             if args.clip > 0:
                 nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()  # stage 2 begins without them
         names = ("L_inner", "alignment", "uniformity", "ratio")
-        row = {"epoch": epoch + 1, **dict(zip(names, logs.mean(0).tolist(), strict=True)), "seconds": common.now() - start}
+        row = {"epoch": epoch + 1, **dict(zip(names, logs.mean(0).tolist(), strict=True))}
+        row["seconds"] = time.perf_counter() - start
         if not all(map(math.isfinite, row.values())):
-            raise data.UserError(f"stage 1 is not finite in epoch {epoch + 1}: {row}.\nStart again with a lower --meta-lr.")
+            raise cli.UserError(f"stage 1 is not finite in epoch {epoch + 1}: {row}.\nStart again with a lower --meta-lr.")
         print("MoNA    " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         rows.append(row)
-    if args.lambda_ > 0 and args.gradient != "first-order" and rows[-1]["ratio"] < 0.01:
+    if args.lambda_ > 0 and rows[-1]["ratio"] < 0.01:
         print(
             "MoNA    the source's part of the gradient is below 1 %: this was embedder warm-up. Raise --inner-lr or --lambda."
         )
@@ -264,17 +218,18 @@ def meta_train(model, source, train, source_set, task, args, progress):
 
 def main(args):
     # ---- set up: processes, device, seed, data, run folder
-    run = common.Run(args, "mona")  # MoNA
+    run = Run(args, "mona")  # MoNA
     args, device = run.args, run.device
-    with run.first():
+    with run.first_process_first():
         source = common.load_source(args.backbone)  # MoNA
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # MoNA
-        source_set = data.load_proxy(*wanted, source.tokenizer)  # MoNA
+        source_set = data.load_proxy(  # MoNA
+            args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device, source.tokenizer  # MoNA
+        )  # MoNA
     task, train = loaded.task, loaded.train
-    if not run.open(train, source_set):  # MoNA
+    if not run.start(train, source_set):  # MoNA
         return
 
     # ---- the model
@@ -287,33 +242,33 @@ def main(args):
     # ---- MoNA: stage 1, embedder and predictor
     net = model
     if args.compile and args.gradient == "exact" and args.meta_epochs > 0:
-        raise data.UserError("--compile leaves no second derivative, which --gradient exact needs.\nLeave one of them out.")
+        raise cli.UserError("--compile leaves no second derivative, which --gradient exact needs.\nLeave one of them out.")
     if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
         model.to(device)
         source.embedder.to(device)
-        source_set.y = common.class_labels(source_set, seed=args.seed)  # masks become clusters
+        source_set.y = data.class_labels(source_set, seed=args.seed)  # masks become clusters
         rows = meta_train(model, source, train, source_set, task, args, run.progress)
         run.keep_stage1(rows, embedder=embedder, predictor=model.predictor)
 
     # ---- optimizer and schedule
     if args.checkpoint:
-        common.checkpoint_blocks(model.encoder)
+        common.checkpoint_activations(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
-    optimizer = common.make_optimizer(net, args)
-    scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
+    optimizer = make_optimizer(net, args)
+    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        common.seed_everything(args.seed, epoch, run.rank)
+        seed_everything(args.seed, epoch, run.rank)
         net.train()
-        start, losses = common.now(), torch.zeros(steps, device=device)
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
-            with run.accumulating(net, step_follows):
+            with run.no_sync_unless(step_follows, net):
                 with run.autocast():
                     out = net(x)  # MoNA: line 6, (B, K)
                 loss = task.loss(out, y)
@@ -325,9 +280,9 @@ def main(args):
                 scheduler.step()
                 optimizer.zero_grad()
             losses[step] = loss.detach()
-            if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
-                bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
-        seconds = common.now() - start
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         run.end_epoch(net, model, optimizer, scheduler, row)
@@ -337,4 +292,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, cli.command_line(Args, __doc__, data.find_task))

@@ -25,65 +25,24 @@ class in each and holds W^2 constant: then labels change neither the plan nor th
 `--as-released`. docs/paper-vs-code.md, O1 to O8, says more.
 """
 
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+import torch
+from torch import nn
+
+import cli
+import common
 import data
+from run import LOG_EVERY, Run, average, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
 
 
 @dataclass(frozen=True)
-class Args:
-    # ---- the same in every method file
-    task: str = "spherical"
-    """what to adapt to; `python data.py` lists the tasks"""
-    scale: Literal["auto", "tiny", "full"] = "auto"
-    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
-    backbone: str | None = None
-    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
-    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
-    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
-    data_dir: str = "datasets"
-    """where the official files are read from; nothing is written there"""
-    out_dir: str = "runs"
-    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
-    seed: int = 0
-    """of every random draw. One seed is an anecdote: report at least three"""
-    init: Literal["copy", "random"] = "copy"
-    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
-    as_released: bool = False
-    """do what the official code does where it differs from the paper"""
-    resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
-    compile: bool = False
-    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
-    checkpoint: bool = False
-    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
-    epochs: int | None = None
-    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
-    n_train: int | None = None
-    """training samples used; fewer is where methods differ most"""
-    batch_size: int | None = None
-    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
-    accumulate: int | None = None
-    """forward passes averaged into one optimizer step"""
-    optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """the Adams have betas (0.9, 0.98)"""
-    momentum: float | None = None
-    """of sgd"""
-    dropout: float | None = None
-    """of a text encoder's hidden states and attention; 0 in most published settings"""
-    lr: float | None = None
-    """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
-    weight_decay: float | None = None
-    """on all parameters"""
-    clip: float | None = None
-    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
-    warmup_epochs: float | None = None
-    """the learning rate rises linearly for so long"""
-    decay_epochs: float | None = None
-    """and falls linearly to 0 until here, which may lie beyond the last epoch"""
+class Args(cli.Args):
+    """The options of ORCA; those that all methods share are in cli.Args."""
 
-    # ---- ORCA
     embedder_epochs: int | None = None
     """steps of stage 1, which each visit every class. 0: naive fine-tuning. Default: 60, at the tiny scale 20"""
     embedder_lr: float | None = None
@@ -102,42 +61,32 @@ class Args:
     """source samples that the target is brought to"""
 
 
-if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
-    args = data.command_line(Args, __doc__)
+def make_distance(u_s, y_s, objective="otdd", inner="exact", reg=0.0):
+    """The objective of stage 1 as a function (u_t, y_t, mass_t, generator) -> scalar, differentiable in u_t (m, D).
 
-import numpy as np
-import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+    u_s (n, D), y_s (n,): the embedded source, which stays constant: its own terms are computed once, here.
+    """
+    if objective.startswith("otdd"):
+        terms_s = common.OtddTerms(u_s, y_s, inner, reg)
+        return lambda u_t, y_t, mass_t, generator: common.otdd(u_s, y_s, u_t, y_t, inner, reg, mass_t, terms_s)
 
-import common
+    def mmd(u_t, y_t, mass_t, generator):  # against as many source samples, drawn with replacement
+        return common.mmd(u_s[torch.randint(len(u_s), (len(u_t),), generator=generator)], u_t)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
+    def l2(u_t, y_t, mass_t, generator):  # the whole source, paired at random
+        n, m = len(u_s), len(u_t)
+        rounds = max(1, n // m)
+        order = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-rounds * m // n))])
+        return common.l2(u_s[order[: rounds * m]].view(rounds, m, -1), u_t)
 
-
-def embed(embedder, split, index):
-    """Samples `index` as one vector each, the mean of their tokens: (m, D)."""
-    return embedder(split.inputs(index)).mean(1)  # (m, N, D) -> (m, D)
-
-
-def distance(args, u_s, y_s, u_t, y_t, mass_t, terms_s, generator):
-    """How far embedded target samples u_t (m, D) are from the embedded source u_s (n, D): scalar, differentiable in u_t."""
-    if args.objective.startswith("otdd"):
-        inner = inner_of(args)
-        return common.otdd(u_s, y_s, u_t, y_t, inner, args.reg, mass_t, terms_s)
-    m = len(u_t)
-    if args.objective == "mmd":  # as many source samples, drawn with replacement
-        return common.mmd(u_s[torch.randint(len(u_s), (m,), generator=generator)], u_t)
-    rounds = max(1, len(u_s) // m)  # l2: the whole source, paired at random
-    order = torch.cat([torch.randperm(len(u_s), generator=generator) for _ in range(-(-rounds * m // len(u_s)))])
-    return common.l2(u_s[order[: rounds * m]].view(rounds, m, -1), u_t)
+    return {"mmd": mmd, "l2": l2}[objective]
 
 
-def inner_of(args):
-    """The label term of OTDD. As released it is a constant for each class, and left out."""
-    return "none" if args.as_released else "gaussian" if args.objective == "otdd-gaussian" else "exact"
+def draw(members, max_samples, n, generator):
+    """At most `max_samples` samples of each class: index (m,), and their mass, so that a class weighs n_c / n: (m,)."""
+    chosen = [index[torch.randperm(len(index), generator=generator)[:max_samples]] for index in members]
+    mass = [torch.full((len(c),), len(index) / len(c) / n) for index, c in zip(members, chosen, strict=True)]
+    return torch.cat(chosen), torch.cat(mass)
 
 
 def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
@@ -146,64 +95,57 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
     Args:
         u_s (n, D), y_s (n,): the embedded source and its labels.
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
-        args: objective, reg, max_samples, classes_per_problem, as_released, embedder_epochs, embedder_lr, optimizer,
-            weight_decay, task, scale, seed.
+        args: the options.
         progress: wraps the embedder epochs.
     Returns: a row for each embedder epoch: its number, the distance before its step, seconds.
-    Each process embeds its share of a problem's samples; all of them solve the whole problem, for all samples.
     """
-    parameters = list(embedder.parameters())
+    # as released the label term W^2 is a constant of each class, left out here, and each class is a problem of its own
+    otdd, released = args.objective.startswith("otdd"), args.as_released
+    inner = "none" if released else {"otdd-gaussian": "gaussian"}.get(args.objective, "exact")
+    per_problem = args.classes_per_problem if otdd and not released else 1
+    distance = make_distance(u_s, y_s, args.objective, inner, args.reg)
     lr, weight_decay = data.of_one_batch(args)
-    lr = args.embedder_lr or (10 * lr if lr <= 1e-3 else lr)
-    optimizer = common.make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # the official rule
+    optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
-    otdd = args.objective.startswith("otdd")
-    terms_s = common.OtddTerms(u_s, y_s, inner_of(args), args.reg) if otdd else None  # constant: worked out once
-    per_problem = args.classes_per_problem if otdd and not args.as_released else 1
-    members = [torch.nonzero(y_t == c).squeeze(1) for c in y_t.unique()]
+    members = [torch.nonzero(y_t == c).squeeze(1) for c in y_t.unique()]  # the samples of each class
     rows = []
     for epoch in progress(range(args.embedder_epochs)):
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0]))
-        start, total = common.now(), 0.0
+        start, total = time.perf_counter(), 0.0
         for classes in torch.randperm(len(members), generator=generator).split(per_problem):
-            index, mass = [], []
-            for c in classes.tolist():
-                chosen = torch.randperm(len(members[c]), generator=generator)[: args.max_samples]
-                index.append(members[c][chosen])
-                mass.append(torch.full((len(chosen),), len(members[c]) / len(chosen) / len(y_t)))  # a class weighs n_c / n
-            index, mass = torch.cat(index), torch.cat(mass).to(u_s.device)
-            # embedded again when gradients are due, 128 samples at a time: memory does not grow with the problem
-            parts = common.share(index).split(128)
-            u_t = torch.cat([checkpoint(embed, embedder, train, part, use_reentrant=False) for part in parts])  # (m / G, D)
-            u_t = common.gather(u_t, len(index))  # (m, D), of all G processes
+            index, mass = draw([members[c] for c in classes.tolist()], args.max_samples, len(y_t), generator)
+            mass = mass.to(u_s.device)
+            u_t = embed_all(embedder, train, index)  # line 2: (m, D)
             if not torch.isfinite(u_t).all():
-                raise data.UserError(f"the embedder diverged in epoch {epoch + 1} of stage 1.\nLower --embedder-lr.")
-            share = mass.sum()  # of the problem's classes
-            loss = share * distance(args, u_s, y_s, u_t, y_t[index], mass, terms_s, generator)
+                raise cli.UserError(f"the embedder diverged in epoch {epoch + 1} of stage 1.\nLower --embedder-lr.")
+            loss = mass.sum() * distance(u_t, y_t[index], mass, generator)  # line 4: n_c / n of the problem's classes, OTDD
             loss.backward()
             total += loss.detach()
-        for parameter, gradient in zip(parameters, common.average([p.grad for p in parameters]), strict=True):
+        parameters = list(embedder.parameters())
+        for parameter, gradient in zip(parameters, average([p.grad for p in parameters]), strict=True):
             parameter.grad = gradient
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        rows.append({"epoch": epoch + 1, "distance": float(total), "seconds": common.now() - start})
+        rows.append({"epoch": epoch + 1, "distance": float(total), "seconds": time.perf_counter() - start})
     return rows
 
 
 def main(args):
     # ---- set up: processes, device, seed, data, run folder
-    run = common.Run(args, "orca")  # ORCA
+    run = Run(args, "orca")  # ORCA
     args, device = run.args, run.device
-    with run.first():
+    with run.first_process_first():
         source = common.load_source(args.backbone)  # ORCA
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        wanted = args.source, args.data_dir, args.scale, args.source_samples, args.seed, device  # ORCA
-        source_set = data.load_proxy(*wanted, source.tokenizer)  # ORCA
+        source_set = data.load_proxy(  # ORCA
+            args.source, args.data_dir, args.scale, args.source_samples, args.seed, device, source.tokenizer  # ORCA
+        )  # ORCA
     task, train = loaded.task, loaded.train
-    if not run.open(train, source_set):  # ORCA
+    if not run.start(train, source_set):  # ORCA
         return
 
     # ---- the model
@@ -219,9 +161,8 @@ def main(args):
         embedder.to(device)
         source.embedder.to(device)
         with torch.no_grad():
-            everything = torch.arange(len(source_set), device=device)
-            u_s = torch.cat([embed(source.embedder, source_set, part) for part in everything.split(128)])  # (n, D)
-        y_s, y_t = (common.class_labels(split, seed=args.seed) for split in (source_set, train))
+            u_s = embed_all(source.embedder, source_set, torch.arange(len(source_set), device=device))  # line 1: (n, D)
+        y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
         rows = align(embedder, u_s, y_s, train, y_t, args, lambda epochs: run.progress(epochs, len(epochs), "stage 1"))
         run.keep_stage1(rows, embedder=embedder)
         first, last = rows[0]["distance"], rows[-1]["distance"]
@@ -230,23 +171,23 @@ def main(args):
 
     # ---- optimizer and schedule
     if args.checkpoint:
-        common.checkpoint_blocks(model.encoder)
+        common.checkpoint_activations(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
-    optimizer = common.make_optimizer(net, args)
-    scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
+    optimizer = make_optimizer(net, args)
+    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        common.seed_everything(args.seed, epoch, run.rank)
+        seed_everything(args.seed, epoch, run.rank)
         net.train()
-        start, losses = common.now(), torch.zeros(steps, device=device)
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
-            with run.accumulating(net, step_follows):
+            with run.no_sync_unless(step_follows, net):
                 with run.autocast():
                     out = net(x)  # ORCA: line 5, (B, K)
                 loss = task.loss(out, y)
@@ -258,9 +199,9 @@ def main(args):
                 scheduler.step()
                 optimizer.zero_grad()
             losses[step] = loss.detach()
-            if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
-                bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
-        seconds = common.now() - start
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         run.end_epoch(net, model, optimizer, scheduler, row)
@@ -270,4 +211,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, cli.command_line(Args, __doc__, data.find_task))

@@ -2,7 +2,7 @@
 
 Cai et al., "Enhancing Cross-Modal Fine-Tuning with Gradually Intermediate Modality Generation", ICML 2024.
 
-A pretrained encoder meets pictures it has never seen. PaRe shows it, next to them, an intermediate modality: target
+A pretrained encoder is given images it has never seen. PaRe trains it, next to them, on an intermediate modality: target
 samples in which the patches that matter least are replaced by the source patches that matter most. It begins close to the
 source, where the encoder is at home, and ends at the target.
 
@@ -25,65 +25,23 @@ both are as in the official code. So is the start of the target embedder, which 
 else the defaults are the text's; `--as-released` follows the code: docs/paper-vs-code.md, P2 to P8.
 """
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import nn
+
+import cli
+import common
 import data
+from run import LOG_EVERY, Run, make_optimizer, make_schedule, mean_loss, seed_everything
 
 
 @dataclass(frozen=True)
-class Args:
-    # ---- the same in every method file
-    task: str = "spherical"
-    """what to adapt to; `python data.py` lists the tasks"""
-    scale: Literal["auto", "tiny", "full"] = "auto"
-    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
-    backbone: str | None = None
-    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
-    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
-    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
-    data_dir: str = "datasets"
-    """where the official files are read from; nothing is written there"""
-    out_dir: str = "runs"
-    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
-    seed: int = 0
-    """of every random draw. One seed is an anecdote: report at least three"""
-    init: Literal["copy", "random"] = "copy"
-    """how the target embedder starts: from the pretrained projection, or random. Worth more than most methods: vary it first"""
-    as_released: bool = False
-    """do what the official code does where it differs from the paper"""
-    resume: bool = False
-    """go on after the last finished epoch, exactly as if nothing had happened; a first stage cut short begins again"""
-    compile: bool = False
-    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
-    checkpoint: bool = False
-    """for small GPUs: work out the encoder's activations again when gradients are due. Not in MoNA's first stage"""
-    epochs: int | None = None
-    """passes over the training samples. This and the following are the recipe's (full: the published one) unless given"""
-    n_train: int | None = None
-    """training samples used; fewer is where methods differ most"""
-    batch_size: int | None = None
-    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
-    accumulate: int | None = None
-    """forward passes averaged into one optimizer step"""
-    optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """the Adams have betas (0.9, 0.98)"""
-    momentum: float | None = None
-    """of sgd"""
-    dropout: float | None = None
-    """of a text encoder's hidden states and attention; 0 in most published settings"""
-    lr: float | None = None
-    """peak learning rate. Halve it if the loss jumps, double it if the loss crawls; tune every method alike"""
-    weight_decay: float | None = None
-    """on all parameters"""
-    clip: float | None = None
-    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
-    warmup_epochs: float | None = None
-    """the learning rate rises linearly for so long"""
-    decay_epochs: float | None = None
-    """and falls linearly to 0 until here, which may lie beyond the last epoch"""
+class Args(cli.Args):
+    """The options of PaRe; those that all methods share are in cli.Args."""
 
-    # ---- PaRe
     k_begin: float | None = None
     """k0 as a share of the N target tokens; 0.64 is the official 2000 of 3136. Less if pictures are far from the target"""
     k_end: float | None = None
@@ -96,19 +54,6 @@ class Args:
     """of the relaxed top-k that gives the gate its gradient; lower is closer to the hard choice"""
     gate_noise: float | None = None
     """scale of Gumbel noise on the scores. Default 0; the code's 1 drowns scores in (0, 1): the choice is nearly random"""
-
-
-if __name__ == "__main__":  # the command line comes first: --help and mistakes answer before torch is imported
-    args = data.command_line(Args, __doc__)
-
-import torch
-from torch import nn
-
-import common
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Gate(nn.Module):
@@ -140,16 +85,16 @@ def top_k_mask(scores, k, temperature=0.9):
         return hard  # no choice, no gradient
     s = scores / temperature
     with torch.no_grad():
-        offset = torch.logit(torch.tensor(k / N))  # with every score at s the threshold would be s - offset
+        offset = torch.logit(torch.tensor(k / N))  # brackets the root: sum p <= k at min s - offset, >= k at max s - offset
         low, high = s.amin(1, keepdim=True) - offset, s.amax(1, keepdim=True) - offset  # (B, 1)
         for _ in range(30):
-            t = (low + high) / 2
-            too_many = torch.sigmoid(s - t).sum(1, keepdim=True) > k
-            low, high = torch.where(too_many, t, low), torch.where(too_many, high, t)
-        p = torch.sigmoid(s - t)
+            threshold = (low + high) / 2
+            too_many = torch.sigmoid(s - threshold).sum(1, keepdim=True) > k
+            low, high = torch.where(too_many, threshold, low), torch.where(too_many, high, threshold)
+        p = torch.sigmoid(s - threshold)
         slope = (p * (1 - p)).sum(1, keepdim=True)  # sum_l w_l
-    t = t + (torch.sigmoid(s - t).sum(1, keepdim=True) - k) / slope
-    p = torch.sigmoid(s - t)
+    threshold = threshold + (torch.sigmoid(s - threshold).sum(1, keepdim=True) - k) / slope
+    p = torch.sigmoid(s - threshold)
     return hard + (p - p.detach())
 
 
@@ -164,7 +109,7 @@ def replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, temperature=0.9):
         scores_t (B, N), scores_s (B, N_s): the gate's scores.
         k: tokens to replace; 0 returns the target unchanged.
     Returns: tokens_m (B, N, D).
-    Raises: ValueError for unequal batches, or a k that one of the sides does not have.
+    Raises: ValueError for unequal batches, or a k larger than N or N_s.
     """
     (B, N, D), N_s = tokens_t.shape, tokens_s.shape[1]
     if len(tokens_s) != B:
@@ -173,20 +118,26 @@ def replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, temperature=0.9):
         raise ValueError(f"k = {k} does not fit {N} target and {N_s} source tokens")
     if k == 0:
         return tokens_t
-    keep = top_k_mask(scores_t, N - k, temperature)  # (B, N)
-    take = top_k_mask(scores_s, k, temperature)  # (B, N_s)
-    free = keep.argsort(dim=1, stable=True)[:, :k, None].expand(-1, -1, D)  # (B, k, D) places with keep = 0, left to right
-    taken = take.argsort(dim=1, stable=True, descending=True)[:, :k, None].expand(-1, -1, D)  # (B, k, D) places with take = 1
-    return (tokens_t * keep[..., None]).scatter(1, free, (tokens_s * take[..., None]).gather(1, taken))
+    mask_t = top_k_mask(scores_t, N - k, temperature)  # (B, N), 1 is keep
+    mask_s = top_k_mask(scores_s, k, temperature)  # (B, N_s), 1 is insert
+    dropped_t = mask_t.argsort(dim=1, stable=True)[:, :k, None].expand(-1, -1, D)  # (B, k, D) left to right
+    chosen_s = mask_s.argsort(dim=1, stable=True, descending=True)[:, :k, None].expand(-1, -1, D)  # (B, k, D) left to right
+    return (tokens_t * mask_t[..., None]).scatter(1, dropped_t, (tokens_s * mask_s[..., None]).gather(1, chosen_s))
 
 
 def replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k):
-    """What the official code does from epoch 10 on (P4, P5, P8): the k HIGHEST-scored target tokens are replaced, the
-    lowest of them by the highest-scored source token and so on, and the gate gets no gradient."""
+    """The second phase of the official code (P4, P5, P8): the k HIGHEST-scored target tokens are replaced, the lowest of
+    them by the highest-scored source token and so on, and the gate gets no gradient."""
     D = tokens_t.shape[2]
-    free = scores_t.argsort(dim=1)[:, scores_t.shape[1] - k :, None].expand(-1, -1, D)  # (B, k, D) ascending
-    taken = scores_s.topk(k).indices[..., None].expand(-1, -1, D)  # (B, k, D) descending
-    return tokens_t.scatter(1, free, tokens_s.gather(1, taken))
+    dropped_t = scores_t.argsort(dim=1)[:, scores_t.shape[1] - k :, None].expand(-1, -1, D)  # (B, k, D) ascending
+    chosen_s = scores_s.topk(k).indices[..., None].expand(-1, -1, D)  # (B, k, D) descending
+    return tokens_t.scatter(1, dropped_t, tokens_s.gather(1, chosen_s))
+
+
+def released_phase2_begins(args, modality):
+    """Epoch in which the official code enters its second phase: 10 (2D) or 5 (1D) of 60, that share of a shorter tiny run."""
+    epoch = 10 if modality == "2d" else 5
+    return max(1, args.epochs * epoch // 60) if args.scale == "tiny" else epoch
 
 
 def schedule(epoch, epochs, k_begin, k_end=0):
@@ -207,39 +158,36 @@ class PaRe(nn.Module):
         self.model, self.gate, self.predictor_s = model, gate, predictor_s
         self.temperature, self.noise = temperature, noise
 
-    def forward(self, x, tokens_s, k, gate_trains=True):
+    def forward(self, x, tokens_s, k, released_phase2=False):
         """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); with k = 0 only the first. One pass of the encoder."""
         tokens_t = self.model.embedder(x)  # (B, N, D)
         if k == 0:
             return self.model.predictor(self.model.encoder(tokens_t)), None, None
         scores_t, scores_s = self.gate(tokens_t), self.gate(tokens_s)  # (B, N), (B, N_s)
-        if gate_trains:
+        if released_phase2:
+            tokens_m = replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k)  # (B, N, D)
+        else:
             if self.noise > 0:
                 scores_t, scores_s = (s + self.noise * gumbel(s) for s in (scores_t, scores_s))
             tokens_m = replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, self.temperature)  # (B, N, D)
-        else:
-            tokens_m = replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k)  # (B, N, D)
         features, features_m = self.model.encoder(torch.cat([tokens_t, tokens_m])).chunk(2)  # (2B, N, D) -> 2 x (B, n, F)
         return self.model.predictor(features), self.model.predictor(features_m), self.predictor_s(features_m)
 
 
 def main(args):
-    ratio, noise = ("k/N", 1.0) if args.as_released else ("k/k0", 0.0)  # PaRe: rows P3, P6
-    noise = noise if args.gate_noise is None else args.gate_noise  # PaRe
-    args = replace(args, ratio=args.ratio or ratio, gate_noise=noise)  # PaRe
-
     # ---- set up: processes, device, seed, data, run folder
-    run = common.Run(args, "pare")  # PaRe
+    run = Run(args, "pare")  # PaRe
     args, device = run.args, run.device
-    with run.first():
+    with run.first_process_first():
         source = common.load_source(args.backbone)  # PaRe
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        wanted = args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device  # PaRe
-        source_set = data.load_proxy(*wanted, source.tokenizer)  # PaRe
+        source_set = data.load_proxy(  # PaRe
+            args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device, source.tokenizer  # PaRe
+        )  # PaRe
     task, train = loaded.task, loaded.train
-    if not run.open(train, source_set):  # PaRe
+    if not run.start(train, source_set):  # PaRe
         return
 
     # ---- the model
@@ -249,50 +197,44 @@ def main(args):
     if args.compile:
         run.compile(model.encoder)
 
-    # ---- PaRe: gate, source predictor, and the frozen source embedder, which is no part of what trains
-    if task.target == source_set.target == "field":
-        predictor_s = predictor  # fields and masks share one, as in the official code
-    else:
-        predictor_s = common.make_predictor(source_set.output, source_set.target, source, embedder)
-    gate = Gate(source.token_width)
-    net = PaRe(model, gate, predictor_s, args.temperature, args.gate_noise)
+    # ---- PaRe: gate and source predictor; the source embedder stays frozen, outside of what trains
+    shared = task.target == source_set.target == "field"  # fields and masks share one predictor, as in the official code
+    predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
+    net = PaRe(model, Gate(source.token_width), predictor_s, args.temperature, args.gate_noise)
     source.embedder.to(device)
-    first = torch.zeros(1, dtype=torch.long, device=device)
-    N, N_s = embedder.tokens, source.embedder(source_set.inputs(first)).shape[1]
+    N, N_s = embedder.tokens, source.tokens(source_set.shape)
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
     if k_end > k0:
-        raise data.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
-    switch = 10 if task.modality == "2d" else 5  # as released, until this epoch; tiny runs are shorter than the official 60
-    switch = max(1, args.epochs * switch // 60) if args.scale == "tiny" else switch
+        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+    phase2 = released_phase2_begins(args, task.modality) if args.as_released else args.epochs  # rows P4, P5
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 
     # ---- optimizer and schedule
     if args.checkpoint:
-        common.checkpoint_blocks(model.encoder)
+        common.checkpoint_activations(model.encoder)
     net = run.distribute(net)
     steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
-    optimizer = common.make_optimizer(net, args)
-    scheduler = common.make_schedule(optimizer, args, -(-steps // args.accumulate))
+    optimizer = make_optimizer(net, args)
+    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        common.seed_everything(args.seed, epoch, run.rank)
+        seed_everything(args.seed, epoch, run.rank)
         net.train()
-        start, losses = common.now(), torch.zeros(steps, device=device)
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)  # PaRe
         k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
         lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
-        gate_trains = not args.as_released or epoch < switch  # PaRe: rows P4, P5
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
-            with run.accumulating(net, step_follows):
+            with run.no_sync_unless(step_follows, net):
                 x_s, y_s = next(batches_s)  # PaRe
                 with run.autocast():
                     tokens_s = source.embedder(x_s)  # PaRe: (B, N_s, D), frozen
-                    out, out_m, out_ms = net(x, tokens_s, k, gate_trains)  # PaRe: (B, ...), (B, ...), (B, ...)
+                    out, out_m, out_ms = net(x, tokens_s, k, epoch >= phase2)  # PaRe: (B, ...), (B, ...), (B, ...)
                 loss = task.loss(out, y)
                 if k > 0:  # PaRe: L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)
                     loss_mix = (1 - lam) * task.loss(out_m, y) + lam * source_set.loss(out_ms, y_s)  # PaRe: line 5
@@ -305,9 +247,9 @@ def main(args):
                 scheduler.step()
                 optimizer.zero_grad()
             losses[step] = loss.detach()
-            if (step + 1) % common.LOG_EVERY == 0 or step + 1 == steps:
-                bar.set_postfix(loss=common.mean_loss(losses, train, step, epoch, args))
-        seconds = common.now() - start
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         row |= {"k": k, "lambda": lam}  # PaRe
@@ -318,4 +260,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, cli.command_line(Args, __doc__, data.find_task))

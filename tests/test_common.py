@@ -11,8 +11,11 @@ import timm
 import torch
 from conftest import ROOT
 
+import backbones
+import cli
 import common
 import data
+from run import Run, make_optimizer, make_schedule, mean_loss, write
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def tiny():
 
 
 def test_copied_embedder_and_encoder_are_the_pretrained_swin(tiny):
-    swin = common.read_swin(common.WEIGHTS / "tiny-swin.safetensors").eval()
+    swin = backbones.read_swin(backbones.WEIGHTS / "tiny-swin.safetensors").eval()
     embedder = common.initialise(common.Embedder2d(3, tiny.token_width, tiny.size), tiny, "copy")
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(embedder(x), swin.patch_embed(x).flatten(1, 2), atol=1e-5)
@@ -73,7 +76,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(name, width):
     def saved_and_gradients(checkpointing):
         encoder, saved = common.load_source(name).encoder.train(), []
         if checkpointing:
-            common.checkpoint_blocks(encoder)
+            common.checkpoint_activations(encoder)
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             loss = encoder(torch.randn(4, 64, width)).square().mean()
@@ -101,7 +104,7 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
         split = data.Split(x[:3].numpy(), y[:3].numpy(), 10, "toy", data.TASKS["spherical"], "cpu")
         run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.no_grad)
         run.args = SimpleNamespace(batch_size=4)
-        common.Run.evaluate(run, model, split, data.TASKS["spherical"])  # another batch size: not compiled
+        Run.evaluate(run, model, split, data.TASKS["spherical"])  # another batch size: not compiled
         model.train()
     assert counter.frame_count == 1  # a graph break would make two
     for _ in range(2):
@@ -112,8 +115,8 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
 def test_source_embedder_is_frozen_and_the_weights_are_small(tiny):
     assert not any(p.requires_grad for p in tiny.embedder.parameters())
     assert all(p.requires_grad for p in tiny.encoder.parameters())
-    assert (common.WEIGHTS / "tiny-swin.safetensors").stat().st_size <= 4e6
-    assert "top-1" in (common.WEIGHTS / "tiny-swin.md").read_text()
+    assert (backbones.WEIGHTS / "tiny-swin.safetensors").stat().st_size <= 4e6
+    assert "top-1" in (backbones.WEIGHTS / "tiny-swin.md").read_text()
 
 
 def test_no_weights_of_the_source_are_shared_with_the_target(tiny):
@@ -125,22 +128,22 @@ def test_no_weights_of_the_source_are_shared_with_the_target(tiny):
 
 
 def test_mistaken_backbones_are_named(tmp_path):
-    with pytest.raises(data.UserError, match="no model is called 'swin_bse'"):
+    with pytest.raises(cli.UserError, match="no model is called 'swin_bse'"):
         common.load_source("swin_bse")
-    with pytest.raises(data.UserError, match="only Swin transformers"):
+    with pytest.raises(cli.UserError, match="only Swin transformers"):
         common.load_source("random:vit_tiny_patch16_224")
-    with pytest.raises(data.UserError, match="there is no file"):
+    with pytest.raises(cli.UserError, match="there is no file"):
         common.load_source(str(tmp_path / "none.safetensors"))
-    (tmp_path / "half.safetensors").write_bytes((common.WEIGHTS / "tiny-swin.safetensors").read_bytes()[:1000])
-    with pytest.raises(data.UserError, match="not a whole safetensors file"):
+    (tmp_path / "half.safetensors").write_bytes((backbones.WEIGHTS / "tiny-swin.safetensors").read_bytes()[:1000])
+    with pytest.raises(cli.UserError, match="not a whole safetensors file"):
         common.load_source(str(tmp_path / "half.safetensors"))
     (tmp_path / "other.safetensors").write_bytes(common.to_safetensors({"a": torch.zeros(1)}))
-    with pytest.raises(data.UserError, match="does not say its architecture"):
+    with pytest.raises(cli.UserError, match="does not say its architecture"):
         common.load_source(str(tmp_path / "other.safetensors"))
 
 
 def test_a_hub_out_of_reach_costs_two_lines():
-    code = "import common, data; data.guarded(common.load_source, 'swin_base')"
+    code = "import common, data; cli.guarded(common.load_source, 'swin_base')"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be had" in done.stderr and len(done.stderr.splitlines()) == 2, done.stderr
@@ -160,8 +163,8 @@ class Recipe:
 
 
 def test_schedule_is_linear_up_then_linear_down_in_optimizer_steps():
-    optimizer = common.make_optimizer(torch.nn.Linear(2, 2), Recipe)
-    schedule = common.make_schedule(optimizer, Recipe, steps=5)  # W = 10, T = 50
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), Recipe)
+    schedule = make_schedule(optimizer, Recipe, steps=5)  # W = 10, T = 50
     rates = []
     for _ in range(60):
         rates.append(schedule.get_last_lr()[0])
@@ -172,17 +175,17 @@ def test_schedule_is_linear_up_then_linear_down_in_optimizer_steps():
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
-    common.write(tmp_path / "a", b"one")
-    common.write(tmp_path / "a", b"two")
+    write(tmp_path / "a", b"one")
+    write(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"two" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path):
-    common.write(tmp_path / "a", b"one")
+    write(tmp_path / "a", b"one")
     (tmp_path / "a.part").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pare.py"])
-        data.guarded(common.write, tmp_path / "a", b"two")
+        cli.guarded(write, tmp_path / "a", b"two")
     assert end.value.code == 2 and (tmp_path / "a").read_bytes() == b"one"
 
 
@@ -195,11 +198,11 @@ def test_a_loss_that_is_not_finite_names_its_step_and_batch():
         batch_size, seed = 4, 0
 
     losses = torch.ones(7)
-    assert common.mean_loss(losses, split, 6, 0, Args) == 1.0
+    assert mean_loss(losses, split, 6, 0, Args) == 1.0
     losses[5] = float("nan")
     samples = split.plan(7, 4, 0, 0)[0][5].tolist()
-    with pytest.raises(data.UserError, match="nan at step 5 of epoch 1") as error:
-        common.mean_loss(losses, split, 6, 0, Args)
+    with pytest.raises(cli.UserError, match="nan at step 5 of epoch 1") as error:
+        mean_loss(losses, split, 6, 0, Args)
     assert str(samples) in str(error.value).replace("...", "")
 
 

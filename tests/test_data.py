@@ -19,7 +19,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import cli
 import data
+from tasks import files, images, toys
 
 RNG = np.random.default_rng(0)
 
@@ -61,7 +63,7 @@ def test_cifar10_reads_the_batches_that_are_there(tmp_path):
     for i, n in ((1, 6), (4, 5)):
         content = {b"data": np.full((n, 3072), i, np.uint8), b"labels": list(range(n))}
         (folder / f"data_batch_{i}").write_bytes(pickle.dumps(content))
-    x, y = data.read_cifar10(tmp_path)
+    x, y = images.read_cifar10(tmp_path)
     assert x.shape == (11, 3, 32, 32) and y.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
     assert len(data.load_proxy("cifar10", tmp_path, "full", n=7)) == 7
 
@@ -72,7 +74,7 @@ def test_official_spherical_file_comes_first(tmp_path):
     content = {split: {"images": images, "labels": np.arange(12)} for split in ("train", "test")}
     with gzip.open(tmp_path / "s2_cifar100.gz", "wb") as file:
         pickle.dump(content, file)
-    train, test, kind = data.read_spherical(tmp_path, tmp_path / "cache")
+    train, test, kind = images.read_spherical(tmp_path, tmp_path / "cache")
     assert kind == "official" and np.array_equal(train[0], images) and test[1].tolist() == list(range(12))
     loaded = data.load("spherical", tmp_path, tmp_path / "cache", "full")
     assert loaded.train.inputs(torch.arange(2)).max() <= 1  # divided by 255 and nothing else
@@ -80,10 +82,10 @@ def test_official_spherical_file_comes_first(tmp_path):
 
 def test_without_it_cifar100_is_projected_once(tmp_path):
     write_cifar100(tmp_path)
-    train, test, kind = data.read_spherical(tmp_path, tmp_path / "cache")
+    train, test, kind = images.read_spherical(tmp_path, tmp_path / "cache")
     assert kind == "simulated" and train[0].shape == test[0].shape == (40, 3, 60, 60) and train[0].dtype == np.uint8
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    again, _, _ = data.read_spherical(tmp_path, tmp_path / "cache")
+    again, _, _ = images.read_spherical(tmp_path, tmp_path / "cache")
     assert np.array_equal(train[0], again[0]) and len(files) == 2
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
@@ -114,12 +116,12 @@ def test_tiny_imagenet_from_its_folder_or_its_zips(tmp_path, layout):
             part = f".part{i % 2}" if layout == "two zips" else ""
             with zipfile.ZipFile(tmp_path / f"tiny-imagenet-200{part}.zip", "a") as archive:
                 archive.writestr(f"tiny-imagenet-200/{name}", content)
-    x, y = data.read_tiny_imagenet(tmp_path)
+    x, y = images.read_tiny_imagenet(tmp_path)
     assert x.shape == (3, 3, 64, 64) and y.tolist() == [0, 0, 1]
     assert abs(x[0].astype(int) - 90).max() < 4 and abs(x[2, 0].astype(int) - 200).max() < 4
-    x, y = data.read_tiny_imagenet(tmp_path, "val")
+    x, y = images.read_tiny_imagenet(tmp_path, split="val")
     assert y.tolist() == [1] and x[0, 1].mean() > 190
-    assert len(data.read_tiny_imagenet(tmp_path, n=2, seed=1)[1]) == 2
+    assert len(images.read_tiny_imagenet(tmp_path, n=2, seed=1)[1]) == 2
 
 
 # ---- damaged, unsafe, missing
@@ -133,14 +135,14 @@ class Bomb:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     folder = write_cifar100(tmp_path)
     (folder / "train").write_bytes(pickle.dumps({b"data": Bomb(), b"fine_labels": []}))
-    with pytest.raises(data.UserError, match="asks for posix.system"):
-        data.read_cifar100(tmp_path, tmp_path)
+    with pytest.raises(cli.UserError, match="asks for posix.system"):
+        images.read_cifar100(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["np.ndarray", "builtins.eval", "numpy.load", "numpy.f2py.compile"])
 def test_only_arrays_pass_the_unpickler(name):
     module, function = name.rsplit(".", 1)
-    unpickler = data.ArraysOnly(io.BytesIO())
+    unpickler = files.ArraysOnly(io.BytesIO())
     if name == "np.ndarray":
         assert unpickler.find_class("numpy", "ndarray") is np.ndarray
     else:
@@ -151,7 +153,7 @@ def test_only_arrays_pass_the_unpickler(name):
 def test_arrays_of_every_pickle_protocol_pass():
     for protocol in range(2, 6):
         array = np.arange(4)
-        loaded = data.ArraysOnly(io.BytesIO(pickle.dumps({"a": array, "b": np.float32(2)}, protocol))).load()
+        loaded = files.ArraysOnly(io.BytesIO(pickle.dumps({"a": array, "b": np.float32(2)}, protocol))).load()
         assert np.array_equal(loaded["a"], array) and loaded["b"] == 2
 
 
@@ -159,37 +161,37 @@ def test_damaged_files_are_named(tmp_path):
     folder = write_cifar100(tmp_path)
     whole = (folder / "train").read_bytes()
     (folder / "train").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.UserError, match="train is not a readable pickle"):
-        data.read_cifar100(tmp_path, tmp_path)
+    with pytest.raises(cli.UserError, match="train is not a readable pickle"):
+        images.read_cifar100(tmp_path, tmp_path)
     write_cifar100(tmp_path, labels=[100] * 40)
-    with pytest.raises(data.UserError, match="labels 100 to 100; expected 0 to 99"):
-        data.read_cifar100(tmp_path, tmp_path)
+    with pytest.raises(cli.UserError, match="labels 100 to 100; expected 0 to 99"):
+        images.read_cifar100(tmp_path, tmp_path)
     (folder / "train").write_bytes(pickle.dumps({"data": np.zeros((3, 3072), np.float32), "fine_labels": [1, 2, 3]}))
-    with pytest.raises(data.UserError, match="float32 images"):
-        data.read_cifar100(tmp_path, tmp_path)
+    with pytest.raises(cli.UserError, match="float32 images"):
+        images.read_cifar100(tmp_path, tmp_path)
     (tmp_path / "s2_cifar100.gz").write_bytes(gzip.compress(b"x" * 1000)[:20])
-    with pytest.raises(data.UserError, match=r"s2_cifar100.gz is not a readable"):
-        data.read_spherical(tmp_path, tmp_path)
+    with pytest.raises(cli.UserError, match=r"s2_cifar100.gz is not a readable"):
+        images.read_spherical(tmp_path, tmp_path)
     (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK\x03\x04 half a zip")
-    with pytest.raises(data.UserError, match="not a whole zip"):
-        data.read_tiny_imagenet(tmp_path)
+    with pytest.raises(cli.UserError, match="not a whole zip"):
+        images.read_tiny_imagenet(tmp_path)
 
 
 def test_part_of_tiny_imagenet_is_said(tmp_path):
     root = tmp_path / "tiny-imagenet-200"
     (root / "val/images").mkdir(parents=True)
     (root / "val/images/val_0.JPEG").write_bytes(jpeg(9))
-    with pytest.raises(data.Missing, match="val_annotations"):
-        data.read_tiny_imagenet(tmp_path, "val")
+    with pytest.raises(cli.Missing, match="val_annotations"):
+        images.read_tiny_imagenet(tmp_path, split="val")
     (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t9\t9\n")
-    with pytest.raises(data.UserError, match="n02.*no training images"):
-        data.read_tiny_imagenet(tmp_path, "val")
+    with pytest.raises(cli.UserError, match="n02.*no training images"):
+        images.read_tiny_imagenet(tmp_path, split="val")
 
 
 def test_a_test_file_that_is_missing_is_not_called_present(tmp_path):
     (write_cifar100(tmp_path) / "test").unlink()
-    assert not data.present(data.DOWNLOADS["cifar100"], tmp_path)
-    with pytest.raises(data.Missing, match="no test"):
+    assert not files.present(files.DOWNLOADS["cifar100"], tmp_path)
+    with pytest.raises(cli.Missing, match="no test"):
         data.load("cifar100", tmp_path, tmp_path, "full")
 
 
@@ -197,14 +199,14 @@ def test_a_damaged_picture_is_named(tmp_path):
     path = tmp_path / "tiny-imagenet-200/train/n01/images/n01_0.JPEG"
     path.parent.mkdir(parents=True)
     path.write_bytes(jpeg(3, "L")[:200])
-    with pytest.raises(data.UserError, match=r"n01_0.JPEG .* is not a 64 x 64 picture"):
-        data.read_tiny_imagenet(tmp_path)
+    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a 64 x 64 picture"):
+        images.read_tiny_imagenet(tmp_path)
 
 
 def test_missing_files_are_an_error_at_full_scale_and_toys_aloud_at_tiny(tmp_path, capsys):
-    with pytest.raises(data.Missing, match=r"spherical: no train in .*\n`python data.py --prepare spherical"):
+    with pytest.raises(cli.Missing, match=r"spherical: no train in .*\n`python data.py --prepare spherical"):
         data.load("spherical", tmp_path, tmp_path, "full")
-    with pytest.raises(data.Missing, match="tiny_imagenet"):
+    with pytest.raises(cli.Missing, match="tiny_imagenet"):
         data.load_proxy("tiny_imagenet", tmp_path, "full")
     loaded = data.load("spherical", tmp_path, tmp_path, "tiny", n_train=100)
     assert (loaded.train.kind, len(loaded.train), loaded.train.classes) == ("toy", 100, 9)
@@ -230,8 +232,8 @@ def one_point(image, rotation, j, k, b=30):
 
 
 def test_projection_equals_ray_casting_point_by_point():
-    image, rotations = RNG.integers(0, 256, (2, 1, 32, 32), dtype=np.uint8), data.random_rotations(2, seed=5)
-    sphere = data.project_to_sphere(image, rotations)
+    image, rotations = RNG.integers(0, 256, (2, 1, 32, 32), dtype=np.uint8), images.random_rotations(2, seed=5)
+    sphere = images.project_to_sphere(image, rotations)
     assert sphere.shape == (2, 1, 60, 60)
     for n in range(2):
         expected = [[one_point(image[n, 0], rotations[n], j, k) for k in range(60)] for j in range(60)]
@@ -241,13 +243,13 @@ def test_projection_equals_ray_casting_point_by_point():
 def test_the_south_pole_shows_the_middle_and_the_north_nothing():
     image = np.full((1, 3, 32, 32), 100, np.uint8)
     image[:, 0, 15:17, 15:17] = 250
-    sphere = data.project_to_sphere(image, np.eye(3)[None])
+    sphere = images.project_to_sphere(image, np.eye(3)[None])
     assert sphere[0, 0, 59].min() > 200  # the row next to the south pole
     assert (sphere[0, 1, 40:] == 100).all() and (sphere[0, :, 1:20] == 0).all()  # row 0 is the pole itself, where q = 0 too
 
 
 def test_rotations_are_rotations_without_a_preferred_direction():
-    rotations = data.random_rotations(4000, seed=0)
+    rotations = images.random_rotations(4000, seed=0)
     assert np.allclose(np.einsum("nij,nkj->nik", rotations, rotations), np.eye(3), atol=1e-12)
     assert np.allclose(np.linalg.det(rotations), 1)
     assert abs(rotations.mean(0)).max() < 0.04 and abs((rotations**2).mean(0) - 1 / 3).max() < 0.02
@@ -259,7 +261,7 @@ def test_rotations_are_rotations_without_a_preferred_direction():
 def test_crop_and_flip_equals_a_loop():
     x = torch.rand(6, 3, 32, 32)
     u = torch.rand(6, data.DRAWS)
-    out = data.crop_and_flip(x, u)
+    out = images.crop_and_flip(x, u)
     padded = torch.nn.functional.pad(x, (4,) * 4)
     for i in range(6):
         top, left = int(u[i, 0] * 9), int(u[i, 1] * 9)
@@ -270,14 +272,14 @@ def test_crop_and_flip_equals_a_loop():
 def test_resized_crop_shows_the_box_it_drew():
     ramp = torch.arange(64.0).expand(1, 1, 64, 64)
     whole = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.0]])  # area 1, square, centred, not flipped
-    assert torch.allclose(data.resized_crop_and_flip(ramp, whole), ramp, atol=1e-3)
+    assert torch.allclose(images.resized_crop_and_flip(ramp, whole), ramp, atol=1e-3)
     whole[0, 4] = 0.9
-    assert torch.allclose(data.resized_crop_and_flip(ramp, whole), ramp.flip(-1), atol=1e-3)
+    assert torch.allclose(images.resized_crop_and_flip(ramp, whole), ramp.flip(-1), atol=1e-3)
     corner = torch.tensor([[(0.25 - 0.08) / 0.92, 0.5, 0.0, 0.0, 0.0]])  # a quarter of the area, top left
-    out = data.resized_crop_and_flip(ramp, corner)
+    out = images.resized_crop_and_flip(ramp, corner)
     assert out.max() < 33 and abs(out[0, 0, 0, 1] - out[0, 0, 0, 0] - 0.5) < 0.6
     u = torch.rand(500, data.DRAWS)
-    out = data.resized_crop_and_flip(ramp.expand(500, -1, -1, -1), u)
+    out = images.resized_crop_and_flip(ramp.expand(500, -1, -1, -1), u)
     width = (out[:, 0, 0, -1] - out[:, 0, 0, 0]).abs() / 63
     assert width.min() > 0.2 and width.max() <= 1.0 and out.min() >= 0 and out.max() <= 63
 
@@ -321,7 +323,7 @@ def test_error_is_the_share_of_wrong_answers():
 def test_colours_do_not_tell_the_class_of_a_toy():
     from sklearn.linear_model import LogisticRegression
 
-    x, y = data.toy_pictures(3000, 32, seed=0)
+    x, y = toys.images(3000, 0, 32)
     assert x.shape == (3000, 3, 32, 32) and sorted(set(y)) == list(range(9))
     features = np.concatenate(
         [x.mean((2, 3)), x.std((2, 3)), np.quantile(x, [0.1, 0.5, 0.9], axis=(2, 3)).transpose(1, 2, 0).reshape(3000, -1)], 1
@@ -332,8 +334,8 @@ def test_colours_do_not_tell_the_class_of_a_toy():
 
 
 def test_toys_are_the_same_every_time():
-    assert np.array_equal(data.toy_spherical(5, 60, 1)[0], data.toy_spherical(5, 60, 1)[0])
-    assert not np.array_equal(data.toy_pictures(5, 32, 1)[0], data.toy_pictures(5, 32, 2)[0])
+    assert np.array_equal(toys.spherical(5, 1, 60)[0], toys.spherical(5, 1, 60)[0])
+    assert not np.array_equal(toys.images(5, 1, 32)[0], toys.images(5, 2, 32)[0])
 
 
 # ---- downloads
@@ -369,39 +371,39 @@ def server():
 
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
     server.content, server.cut = RNG.bytes(300_000), 100_000
-    download = data.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
-    with pytest.raises(data.UserError, match="stopped after 100,000 of 300,000"):
-        data.fetch(download, tmp_path)
-    assert not data.present(download, tmp_path)
+    download = files.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
+    with pytest.raises(cli.UserError, match="stopped after 100,000 of 300,000"):
+        files.fetch(download, tmp_path)
+    assert not files.present(download, tmp_path)
     server.cut = None
-    data.fetch(download, tmp_path)
+    files.fetch(download, tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == server.content and server.asked == [0, 100_000]
-    data.fetch(download, tmp_path)  # present: nothing is asked
+    files.fetch(download, tmp_path)  # present: nothing is asked
     assert len(server.asked) == 2 and [p.name for p in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_a_server_without_ranges_starts_over_and_a_complete_part_is_taken(tmp_path, server):
     server.content = RNG.bytes(5000)
-    download = data.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
+    download = files.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
     (tmp_path / "a.zip.part").write_bytes(b"rubbish")
     server.ranges = False
-    data.fetch(download, tmp_path)
+    files.fetch(download, tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == server.content
     (tmp_path / "a.zip").rename(tmp_path / "a.zip.part")
     server.ranges = True
-    data.fetch(download, tmp_path)
+    files.fetch(download, tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == server.content
 
 
 def test_a_wrong_checksum_a_missing_file_and_a_dead_server_are_named(tmp_path, server):
     server.content = b"something else"
-    with pytest.raises(data.UserError, match="came with checksum"):
-        data.fetch(data.Download(f"{server.url}/a.zip", "0" * 32, 1, ("a.zip",)), tmp_path)
+    with pytest.raises(cli.UserError, match="came with checksum"):
+        files.fetch(files.Download(f"{server.url}/a.zip", "0" * 32, 1, ("a.zip",)), tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(data.UserError, match="answers 404"):
-        data.fetch(data.Download(f"{server.url}/missing", None, 1, ("x",)), tmp_path)
-    with pytest.raises(data.UserError, match="cannot be reached"):
-        data.fetch(data.Download("http://127.0.0.1:9/a", None, 1, ("x",)), tmp_path)
+    with pytest.raises(cli.UserError, match="answers 404"):
+        files.fetch(files.Download(f"{server.url}/missing", None, 1, ("x",)), tmp_path)
+    with pytest.raises(cli.UserError, match="cannot be reached"):
+        files.fetch(files.Download("http://127.0.0.1:9/a", None, 1, ("x",)), tmp_path)
 
 
 def test_prepare_falls_back_to_cifar100_and_unpacks_it(tmp_path, server, monkeypatch):
@@ -410,15 +412,15 @@ def test_prepare_falls_back_to_cifar100_and_unpacks_it(tmp_path, server, monkeyp
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         archive.add(tmp_path / "origin" / "cifar-100-python", "cifar-100-python")
     server.content = packed.getvalue()
-    there = {key: data.Download(f"{server.url}/{key}.tar.gz", None, 1, d.gives) for key, d in data.DOWNLOADS.items()}
-    there["s2_cifar100"] = data.Download(f"{server.url}/missing", None, 1, ("s2_cifar100.gz",))
+    there = {key: files.Download(f"{server.url}/{key}.tar.gz", None, 1, d.gives) for key, d in files.DOWNLOADS.items()}
+    there["s2_cifar100"] = files.Download(f"{server.url}/missing", None, 1, ("s2_cifar100.gz",))
     monkeypatch.setattr(data, "DOWNLOADS", there)
     (tmp_path / "data").mkdir()
     for name in ("tiny-imagenet-200.zip", "cifar-10-batches-py"):
         (tmp_path / "data" / name).mkdir()
     (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_1").touch()
     data.prepare("spherical", tmp_path / "data")
-    assert len(data.read_cifar100(tmp_path / "data", tmp_path)[0][1]) == 40
+    assert len(images.read_cifar100(tmp_path / "data", tmp_path)[0][1]) == 40
 
 
 # ---- the command line
@@ -454,5 +456,5 @@ def test_classes_of_ones_own_have_to_begin_at_0(tmp_path, monkeypatch):
     monkeypatch.setitem(data.TASKS, "mine", own(y))
     assert data.load("mine", tmp_path, tmp_path, "full").train.classes == 5
     monkeypatch.setitem(data.TASKS, "mine", own(y + 1))
-    with pytest.raises(data.UserError, match="go from 1 to 5.\nNumber its 5 classes from 0 to 4"):
+    with pytest.raises(cli.UserError, match="go from 1 to 5.\nNumber its 5 classes from 0 to 4"):
         data.load("mine", tmp_path, tmp_path, "full")

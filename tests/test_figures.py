@@ -12,7 +12,7 @@ import tyro
 from conftest import here
 from PIL import Image
 
-import data
+import cli
 from tools import figures, reproduce
 
 
@@ -229,7 +229,7 @@ def test_mistakes_are_told(use, runs, tmp_path):
         ("gate", ["--out-dir", tmp_path], "no finished run of spherical"),
         ("ablation", ["--task", "darcy", "--out-dir", runs], "no finished run of darcy"),
     ):
-        with pytest.raises(data.UserError, match=message):
+        with pytest.raises(cli.UserError, match=message):
             use(what, *words, data_dir="data")
 
 
@@ -239,5 +239,5 @@ def test_a_run_is_not_rebuilt_on_other_data(use, runs, tmp_path):
     for name in ("result.json", "last.pt"):
         (other / name).symlink_to(runs / PARE / name)
     (other / "args.json").write_text((runs / PARE / "args.json").read_text().replace('"toy"', '"official"'))
-    with pytest.raises(data.UserError, match="saw official data"):
+    with pytest.raises(cli.UserError, match="saw official data"):
         use("embeddings", other)

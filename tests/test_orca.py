@@ -11,6 +11,8 @@ from scipy.optimize import linprog
 import common
 import data
 import orca
+from run import embed_all
+from tasks import files
 from tools import bench
 
 
@@ -147,7 +149,7 @@ def test_sinkhorn_says_how_far_it_got():
     cost = common.squared_distances(S[0], T[0])
     a, b = (torch.full((n,), 1 / n, dtype=torch.float64) for n in cost.shape)
     with pytest.warns(UserWarning, match="its marginal off by"):
-        common.entropic_cost(cost, a, b, 1e-4, info=info, most=20)
+        common.entropic_cost(cost, a, b, 1e-4, info=info, max_iterations=20)
     assert info["error"] > 1e-3
 
 
@@ -250,7 +252,7 @@ def small_alignment(tmp_path, **options):
     source_set = data.load_proxy("cifar10", tmp_path, "tiny", 100)
     embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
     with torch.no_grad():
-        u_s = orca.embed(source.embedder, source_set, torch.arange(100))
+        u_s = embed_all(source.embedder, source_set, torch.arange(100))
     return embedder, u_s, source_set.y, train, train.y, args
 
 
@@ -265,7 +267,7 @@ def test_alignment_brings_the_embedder_closer_by_every_objective(tmp_path, objec
 def test_a_group_of_classes_is_a_problem_and_the_whole_is_their_weighted_mean(tmp_path):
     embedder, u_s, y_s, train, y_t, args = small_alignment(tmp_path, max_samples=1000, classes_per_problem=100)
     with torch.no_grad():
-        u_t = orca.embed(embedder, train, torch.arange(len(train)))
+        u_t = embed_all(embedder, train, torch.arange(len(train)))
     assert orca.align(embedder, u_s, y_s, train, y_t, args)[0]["distance"] == pytest.approx(
         common.otdd(u_s, y_s, u_t, y_t).item(), rel=1e-4
     )
@@ -278,12 +280,12 @@ def test_a_group_of_classes_is_a_problem_and_the_whole_is_their_weighted_mean(tm
 def test_targets_without_classes_are_clustered(lazy):
     y = torch.cat([torch.randn(30, 2, 3) * 0.1 + 10 * c for c in range(10)])
     y[7, 0, 0] = torch.nan  # unknown
-    targets = data.Lazy(300, lambda rows, u=None: y.numpy()[rows]) if lazy else y.numpy()
+    targets = files.Lazy(300, lambda rows, u=None: y.numpy()[rows]) if lazy else y.numpy()
     split = data.Split(np.zeros((300, 3, 85, 85), np.uint8), targets, None, "toy", data.TASKS["darcy"], "cpu")
-    found = common.class_labels(split)
+    found = data.class_labels(split)
     assert found.dtype == torch.long and len(found.unique()) == 10
     assert sum(len(found[30 * c : 30 * c + 30].unique()) == 1 for c in range(10)) >= 9
-    assert torch.equal(found, common.class_labels(split))
+    assert torch.equal(found, data.class_labels(split))
 
 
 def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):

@@ -144,7 +144,7 @@ def test_forward_equals_separate_passes_and_the_released_second_phase_leaves_the
     assert torch.allclose(out_ms, net.predictor_s(net.model.encoder(tokens_m)), atol=1e-5)
     assert net(x, tokens_s, 0)[1:] == (None, None)
 
-    _, _, out_ms = net(x, tokens_s, 20, gate_trains=False)
+    _, _, out_ms = net(x, tokens_s, 20, released_phase2=True)
     out_ms.sum().backward()
     assert net.gate.linear.weight.grad is None
 

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
 import data
-import pde
+from tasks import files, pde
 
 NU = 0.1 + 4 / 3 * 0.1
 
@@ -607,8 +607,8 @@ def test_a_run_killed_while_it_simulates_leaves_nothing_behind(tmp_path, monkeyp
 
 
 def test_without_a_network_prepare_says_that_the_task_is_simulated(tmp_path, monkeypatch, capsys):
-    for key, download in data.DOWNLOADS.items():
-        monkeypatch.setitem(data.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
+    for key, download in files.DOWNLOADS.items():
+        monkeypatch.setitem(files.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
     data.prepare("darcy", tmp_path)  # no error
     said = capsys.readouterr().out
     assert "darcy will be simulated" in said and "Without cifar10 and voc" in said

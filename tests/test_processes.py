@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import METHODS, ROOT, SHORT, here, result, rows, weights
 
-import data
+import cli
 
 # ---- the same result however the work is cut
 
@@ -122,9 +122,9 @@ def test_no_room_on_the_disk_is_said_and_nothing_is_lost(script, tmp_path):
 
 def test_a_run_that_diverges_is_told_and_keeps_nothing(tmp_path):
     wild = ["--task", "advection1d", "--scale", "tiny", "--n-train", 32, "--epochs", 1, "--clip", 0]
-    with pytest.raises(data.UserError, match="the error on validation is nan"):  # after its last step
+    with pytest.raises(cli.UserError, match="the error on validation is nan"):  # after its last step
         here("finetune.py", *wild, "--lr", 1e30, out=tmp_path)
-    with pytest.raises(data.UserError, match="Lower --embedder-lr"):
+    with pytest.raises(cli.UserError, match="Lower --embedder-lr"):
         here("orca.py", *wild, "--embedder-lr", 1e30, "--objective", "mmd", "--embedder-epochs", 3, out=tmp_path)
     assert not [*tmp_path.glob("*/last.pt"), *tmp_path.glob("*/stage1.safetensors")]
 
@@ -134,5 +134,5 @@ def test_a_forbidden_folder_costs_two_lines(capsys):
         raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")
 
     with pytest.raises(SystemExit) as stop:
-        data.guarded(forbidden)
+        cli.guarded(forbidden)
     assert stop.value.code == 2 and "/somewhere: Permission denied" in capsys.readouterr().err

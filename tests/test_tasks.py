@@ -22,7 +22,9 @@ from PIL import Image
 from scipy.io import savemat, wavfile
 from test_data import Bomb
 
+import cli
 import data
+from tasks import files, published, scores, signals, text, toys
 
 RNG = np.random.default_rng(0)
 
@@ -68,21 +70,21 @@ def test_ninapro_is_electrodes_by_time_and_its_validation_file_trains(tmp_path):
 
 def test_damaged_ninapro_is_named(tmp_path):
     folder = write_ninapro(tmp_path, labels=20)
-    with pytest.raises(data.UserError, match="label_train.npy: labels 0 to 19; expected 0 to 17"):
+    with pytest.raises(cli.UserError, match="label_train.npy: labels 0 to 19; expected 0 to 17"):
         full("ninapro", tmp_path)
     folder = write_ninapro(tmp_path)
     np.save(folder / "label_test.npy", np.arange(5))
-    with pytest.raises(data.UserError, match="5 labels for 6 samples"):
+    with pytest.raises(cli.UserError, match="5 labels for 6 samples"):
         full("ninapro", tmp_path)
     (folder / "label_test.npy").unlink()
-    with pytest.raises(data.Missing, match="no label_test.npy"):
+    with pytest.raises(cli.Missing, match="no label_test.npy"):
         full("ninapro", tmp_path)
     np.save(folder / "ninapro_val.npy", np.zeros((8, 16, 52)))
-    with pytest.raises(data.UserError, match=r"ninapro_val.npy holds \(8, 16, 52\); expected \(n, 52, 16\)"):
+    with pytest.raises(cli.UserError, match=r"ninapro_val.npy holds \(8, 16, 52\); expected \(n, 52, 16\)"):
         full("ninapro", tmp_path)
     whole = (folder / "ninapro_train.npy").read_bytes()
     (folder / "ninapro_train.npy").write_bytes(whole[:500])
-    with pytest.raises(data.UserError, match="ninapro_train.npy is not a readable"):
+    with pytest.raises(cli.UserError, match="ninapro_train.npy is not a readable"):
         full("ninapro", tmp_path)
 
 
@@ -102,15 +104,15 @@ def test_satellite_labels_begin_at_1(tmp_path):
 
 def test_satellite_refuses_code_other_entries_and_half_a_file(tmp_path):
     write_satellite(tmp_path, data=Bomb())
-    with pytest.raises(data.UserError, match="asks for posix.system"):
+    with pytest.raises(cli.UserError, match="asks for posix.system"):
         full("satellite", tmp_path)
     np.save(tmp_path / "satellite_train.npy", {"x": np.zeros(3)}, allow_pickle=True)
-    with pytest.raises(data.UserError, match=r"\['x'\]; expected 'data' and 'label'"):
+    with pytest.raises(cli.UserError, match=r"\['x'\]; expected 'data' and 'label'"):
         full("satellite", tmp_path)
     write_satellite(tmp_path)
     whole = (tmp_path / "satellite_train.npy").read_bytes()
     (tmp_path / "satellite_train.npy").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.UserError, match="satellite_train.npy is not a readable pickle"):
+    with pytest.raises(cli.UserError, match="satellite_train.npy is not a readable pickle"):
         full("satellite", tmp_path)
 
 
@@ -149,11 +151,11 @@ def test_ecg_windows_follow_the_stride_of_their_class(tmp_path):
 
 def test_an_ecg_file_with_another_label_or_no_window_is_named(tmp_path):
     write_ecg(tmp_path, labels="NX")
-    with pytest.raises(data.UserError, match=r"40 records with labels \['X'\]"):
+    with pytest.raises(cli.UserError, match=r"40 records with labels \['X'\]"):
         full("ecg", tmp_path)
     records = np.array([np.zeros(900 + i) for i in range(20)], object)
     (tmp_path / "challenge2017.pkl").write_bytes(pickle.dumps({"data": records, "label": ["N"] * 20}))
-    with pytest.raises(data.UserError, match="no window"):
+    with pytest.raises(cli.UserError, match="no window"):
         full("ecg", tmp_path)
 
 
@@ -183,10 +185,10 @@ def test_half_a_deepsea_file_is_named(tmp_path):
     path = tmp_path / "deepsea_filtered.npz"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.UserError, match="deepsea_filtered.npz is not a readable .npz file"):
+    with pytest.raises(cli.UserError, match="deepsea_filtered.npz is not a readable .npz file"):
         full("deepsea", tmp_path)
     np.savez(path, x_train=np.zeros((4, 1000, 4)))
-    with pytest.raises(data.UserError, match="y_train"):
+    with pytest.raises(cli.UserError, match="y_train"):
         full("deepsea", tmp_path)
 
 
@@ -297,14 +299,14 @@ def test_fsd50k_draws_chunks_and_noise_and_masks(tmp_path):
     u[1, 0], u[1, 23], u[1, 24] = 0, 0, 1.0  # half sound, half noise
     noisy = x(index, u)
     assert torch.equal(noisy[0], clean[0]) and not torch.allclose(noisy[1], clean[0], atol=0.1)
-    noise = data.log_mel(torch.from_numpy(train.x.read(np.array([0]), u[1:].numpy())[:, 1]))[0]
+    noise = signals.log_mel(torch.from_numpy(train.x.read(np.array([0]), u[1:].numpy())[:, 1]))[0]
     assert torch.allclose(noisy[1, 0, :, :101], (clean[0, 0, :, :101] + noise) / 2, atol=1e-4)
 
 
 def test_bands_are_masked_where_the_draws_say():
     s, u = torch.arange(96 * 101.0).view(1, 96, 101).repeat(2, 1, 1) + 5, torch.zeros(2, 10)
     u[0, 0], u[0, 1], u[0, 2:6] = 0.6, 0.1, torch.tensor([0.999, 0.5, 0.999, 0.0])  # one round
-    out = data.mask_bands(s, u)
+    out = signals.mask_bands(s, u)
     assert torch.equal(out[1], s[1])
     hidden = (out[0] != s[0]) | (s[0] == 5)
     assert hidden.all(1).nonzero().flatten().tolist() == list(range(41, 55))  # 14 bands, from half of what is left
@@ -315,23 +317,23 @@ def test_damaged_sounds_are_named(tmp_path):
     sounds = write_fsd50k(tmp_path)
     wavfile.write(tmp_path / "audio/chunks/eval_0_1.wav", 44100, sounds["eval_0_1.wav"])
     loaded = full("fsd50k", tmp_path)
-    with pytest.raises(data.UserError, match="has 44100 Hz"):
+    with pytest.raises(cli.UserError, match="has 44100 Hz"):
         loaded.test.inputs(torch.tensor([1]))
     wavfile.write(tmp_path / "audio/chunks/eval_0_1.wav", 22050, sounds["eval_0_1.wav"])
     (tmp_path / "audio/chunks/eval_0_0.wav").write_bytes(b"RIFF")
-    with pytest.raises(data.UserError, match="eval_0_0.wav is not a readable wav file"):
+    with pytest.raises(cli.UserError, match="eval_0_0.wav is not a readable wav file"):
         list(loaded.test.batches(1, 10, 0, 0))  # read in another thread
     (tmp_path / "audio/chunks/tr_0_0.wav").unlink()
-    with pytest.raises(data.Missing, match="tr_0_0.wav"):
+    with pytest.raises(cli.Missing, match="tr_0_0.wav"):
         full("fsd50k", tmp_path)
     (tmp_path / "audio/chunks/lbl_map.json").write_text("{")
-    with pytest.raises(data.UserError, match="lbl_map.json is not a readable json"):
+    with pytest.raises(cli.UserError, match="lbl_map.json is not a readable json"):
         full("fsd50k", tmp_path)
 
 
 def test_the_next_batch_is_read_in_another_thread():
     threads = []
-    lazy = data.Lazy(12, lambda rows, u: threads.append(threading.get_ident()) or rows[:, None, None].astype(np.float32))
+    lazy = files.Lazy(12, lambda rows, u: threads.append(threading.get_ident()) or rows[:, None, None].astype(np.float32))
     split = data.Split(lazy[np.arange(2, 12)], np.arange(2, 12), 12, "toy", data.TASKS["satellite"], "cpu")
     batches = list(split.batches(3, 4, 0, 0))
     order = split.plan(3, 4, 0, 0)[0]
@@ -389,7 +391,7 @@ def test_half_a_mat_file_is_named(tmp_path):
     write_darcy(tmp_path, 5, n=(1, 1))
     path = tmp_path / "piececonst_r421_N1024_smooth1.mat"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="smooth1.mat is not a readable MATLAB file"):
+    with pytest.raises(cli.UserError, match="smooth1.mat is not a readable MATLAB file"):
         full("darcy", tmp_path)
 
 
@@ -441,10 +443,10 @@ def test_damaged_proteins_are_named(tmp_path):
     write_psicov(tmp_path, lengths=(30, 31))
     path = tmp_path / "protein/psicov/features/psicov30.pkl"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(data.UserError, match="psicov30.pkl is not a readable pickle"):
+    with pytest.raises(cli.UserError, match="psicov30.pkl is not a readable pickle"):
         full("psicov", tmp_path).test.inputs(torch.tensor([0]))
     path.unlink()
-    with pytest.raises(data.Missing, match=r"psicov30.pkl \(1 of the files"):
+    with pytest.raises(cli.Missing, match=r"psicov30.pkl \(1 of the files"):
         full("psicov", tmp_path)
 
 
@@ -481,10 +483,10 @@ def test_damaged_tiles_are_named(tmp_path):
     write_cosmic(tmp_path)
     path = tmp_path / "npy_train/f435w/10760/2/1_0.npy"
     np.save(path, np.zeros((3, 100, 100)))
-    with pytest.raises(data.UserError, match=r"1_0.npy holds \(1, 37, 36\)"):
+    with pytest.raises(cli.UserError, match=r"1_0.npy holds \(1, 37, 36\)"):
         full("cosmic", tmp_path)
     path.write_bytes(b"")
-    with pytest.raises(data.UserError, match="1_0.npy is not a readable tile"):
+    with pytest.raises(cli.UserError, match="1_0.npy is not a readable tile"):
         full("cosmic", tmp_path)
 
 
@@ -503,7 +505,7 @@ MULT = {
 
 
 def write_pde(task, folder):
-    path = folder / data.DOWNLOADS[task].name
+    path = folder / files.DOWNLOADS[task].name
     with h5py.File(path, "w") as file:
         if task in SINGLE:
             arrays, (snapshots, points), _, _ = SINGLE[task]
@@ -574,18 +576,18 @@ def test_damaged_pde_files_are_named(tmp_path):
     path = write_pde("diffusion_reaction1d", tmp_path)
     with h5py.File(path, "w") as file:
         file["tensor"] = np.zeros((20, 20, 1024), np.float32)
-    with pytest.raises(data.UserError, match="tensor has 20 snapshots; expected more than 29"):
+    with pytest.raises(cli.UserError, match="tensor has 20 snapshots; expected more than 29"):
         full("diffusion_reaction1d", tmp_path)
     with h5py.File(path, "w") as file:
         file["u"] = np.zeros(3)
-    with pytest.raises(data.UserError, match=r"has the arrays \['u'\]; expected tensor"):
+    with pytest.raises(cli.UserError, match=r"has the arrays \['u'\]; expected tensor"):
         full("diffusion_reaction1d", tmp_path)
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(data.UserError, match="is not a readable HDF5 file"):
+    with pytest.raises(cli.UserError, match="is not a readable HDF5 file"):
         full("diffusion_reaction1d", tmp_path)
     with h5py.File(path, "w") as file:
         file["tensor"] = np.zeros((20, 101, 512), np.float32)
-    with pytest.raises(data.UserError, match=r"samples of 1 x 512; expected 1 x 1024"):
+    with pytest.raises(cli.UserError, match=r"samples of 1 x 512; expected 1 x 1024"):
         full("diffusion_reaction1d", tmp_path)
 
 
@@ -605,16 +607,16 @@ def write_openml(folder, number, columns, rows):
                    "file_id": "7", "default_target_attribute": columns[-1][0], "description": "", "licence": "Public",
                    "url": "https://www.openml.org/data/v1/download/7/t.arff", "parquet_url": "",
                    "md5_checksum": hashlib.md5(arff.encode()).hexdigest()}  # fmt: skip
-    files = {
+    contents = {
         f"api/v1/json/data/{number}": json.dumps({"data_set_description": description}),
         f"api/v1/json/data/features/{number}": json.dumps({"data_features": {"feature": feature}}),
         f"api/v1/json/data/qualities/{number}": json.dumps({"data_qualities": {"quality": []}}),
         "data/v1/download/7/t.arff": arff,
     }
-    for name, text in files.items():
+    for name, content in contents.items():
         path = root / f"{name}.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(text.encode()))
+        path.write_bytes(gzip.compress(content.encode()))
     return root
 
 
@@ -678,14 +680,14 @@ def test_tables_that_scikit_learn_carries(tmp_path, number, shape, classes, rows
 
 
 def test_damaged_and_missing_tables_are_named(tmp_path):
-    with pytest.raises(data.Missing, match=r"openml999: no table 999 in .*\n`python data.py --prepare openml999"):
+    with pytest.raises(cli.Missing, match=r"openml999: no table 999 in .*\n`python data.py --prepare openml999"):
         full("openml999", tmp_path)
     root = write_openml(tmp_path, 999, [("a", None), ("class", ["x", "y"])], [[i, "x" if i else "y"] for i in range(30)])
-    with pytest.raises(data.UserError, match="2 classes, the rarest with 1: too few"):
+    with pytest.raises(cli.UserError, match="2 classes, the rarest with 1: too few"):
         full("openml999", tmp_path)
     path = root / "data/v1/download/7/t.arff.gz"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(data.UserError, match="not a readable table 999"):
+    with pytest.raises(cli.UserError, match="not a readable table 999"):
         full("openml999", tmp_path)
 
 
@@ -726,11 +728,11 @@ def test_conll2000_from_its_file_or_its_zip_prefers_what_is_rare(tmp_path):
     source = data.load_proxy("conll2000", tmp_path, "full", tokenizer=Tokenizer())
     assert source.y.tolist() == [2, 1] * 50 + [0] and source.classes == 3  # VP, NP; XX occurs too seldom
     (tmp_path / "conll2000.zip").write_bytes(b"PK\x03\x04 half")
-    with pytest.raises(data.UserError, match="conll2000.zip is not a readable"):
+    with pytest.raises(cli.UserError, match="conll2000.zip is not a readable"):
         data.load_proxy("conll2000", tmp_path, "full", tokenizer=Tokenizer())
     (tmp_path / "conll2000").mkdir()
     (tmp_path / "conll2000/train.txt").write_text(text[:100])
-    with pytest.raises(data.UserError, match="expected words with B- and I- tags"):
+    with pytest.raises(cli.UserError, match="expected words with B- and I- tags"):
         data.load_proxy("conll2000", tmp_path, "full", tokenizer=Tokenizer())
 
 
@@ -766,10 +768,10 @@ def test_voc_masks_are_foreground_background_or_no_matter(tmp_path):
     assert abs(float(x[0, 0].mean()) - (200 / 255 - 0.485) / 0.229) < 0.05
     assert (y[:, :, :63] == 0).all() and (y[:, :, 65:114] == 1).all() and y[:, :, 116:].isnan().all()
     (root / "JPEGImages/b.jpg").write_bytes(b"no picture")
-    with pytest.raises(data.UserError, match="b.jpg is not a readable picture"):
+    with pytest.raises(cli.UserError, match="b.jpg is not a readable picture"):
         data.load_proxy("voc", tmp_path, "full")
     (root / "SegmentationClass/a.png").unlink()
-    with pytest.raises(data.Missing, match="a.png"):
+    with pytest.raises(cli.Missing, match="a.png"):
         data.load_proxy("voc", tmp_path, "full")
 
 
@@ -778,12 +780,12 @@ def test_voc_masks_are_foreground_background_or_no_matter(tmp_path):
 
 def test_field_losses_by_hand():
     y, out = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[3.0, 5.0], [4.0, 2.0]])
-    assert float(data.rmse(out, y)) == pytest.approx((math.sqrt(1 / 2) + math.sqrt(16 / 2)) / 2)
-    assert float(data.nrmse(out, y)) == pytest.approx((1 / 5 + 4 / 2) / 2)
-    assert float(data.relative_l2(out, y)) == pytest.approx((1 / 5 + 4 / 2) / 2)
-    shifted = data.relative_l2((out - 1) / 2, y, mean=np.ones(2, np.float32), std=2 * np.ones(2, np.float32))
+    assert float(scores.rmse(out, y)) == pytest.approx((math.sqrt(1 / 2) + math.sqrt(16 / 2)) / 2)
+    assert float(scores.nrmse(out, y)) == pytest.approx((1 / 5 + 4 / 2) / 2)
+    assert float(scores.relative_l2(out, y)) == pytest.approx((1 / 5 + 4 / 2) / 2)
+    shifted = scores.relative_l2((out - 1) / 2, y, mean=np.ones(2, np.float32), std=2 * np.ones(2, np.float32))
     assert float(shifted) == pytest.approx((1 / 5 + 4 / 2) / 2)
-    assert float(data.squared(out, y)) == pytest.approx((0 + 1 + 16 + 0) / 4)
+    assert float(scores.squared(out, y)) == pytest.approx((0 + 1 + 16 + 0) / 4)
     assert data.TASKS["burgers1d"].score(out.numpy(), y.numpy()) == pytest.approx(1.1)  # trained on RMSE, scored by nRMSE
 
 
@@ -795,9 +797,9 @@ def test_binary_losses_by_hand():
     assert float(data.TASKS["fsd50k"].loss(out, with_clip)) == pytest.approx(expected)
     out, y = torch.tensor([[[0.0, 1.0], [5.0, -1.0]]]), torch.tensor([[[1.0, 0.0], [float("nan"), 1.0]]])
     expected = (math.log(2) + math.log(1 + math.e) + math.log(1 + math.e)) / 3
-    assert float(data.mask_loss(out, y)) == pytest.approx(expected)
+    assert float(scores.mask_loss(out, y)) == pytest.approx(expected)
     out.requires_grad_()
-    data.mask_loss(out, y).backward()
+    scores.mask_loss(out, y).backward()
     assert out.grad.isfinite().all() and out.grad[0, 1, 0] == 0
 
 
@@ -808,7 +810,7 @@ def one_hot(answers, classes):
 def test_macro_f1_counts_the_classes_that_occur():
     y, out = np.array([0, 0, 1, 3]), one_hot([0, 1, 1, 0], 5)
     # class 0: TP 1, FP 1, FN 1; class 1: TP 1, FP 1, FN 0; class 3: TP 0; classes 2 and 4 do not occur
-    assert data.macro_f1_error(out, y) == pytest.approx(1 - (2 / 4 + 2 / 3 + 0) / 3)
+    assert scores.macro_f1_error(out, y) == pytest.approx(1 - (2 / 4 + 2 / 3 + 0) / 3)
 
 
 def area(scores, y):
@@ -819,18 +821,18 @@ def area(scores, y):
 
 def test_auroc_is_the_share_of_pairs_in_order():
     out, y = RNG.normal(size=(12, 2)), np.array([0, 1] * 6)
-    assert data.auroc_error(out, y) == pytest.approx(1 - area(out[:, 1] - out[:, 0], y))
+    assert scores.auroc_error(out, y) == pytest.approx(1 - area(out[:, 1] - out[:, 0], y))
     out, y = RNG.normal(size=(30, 4)), np.arange(30) % 3  # the fourth class does not occur
     p = np.exp(out) / np.exp(out).sum(1, keepdims=True)
     areas = []
     for a, b in ((0, 1), (0, 2), (1, 2)):
         pair = (y == a) | (y == b)
         areas += [area(p[pair, a], (y[pair] == a) * 1), area(p[pair, b], (y[pair] == b) * 1)]
-    assert data.auroc_error(out, y) == pytest.approx(1 - np.mean(areas))
-    assert data.auroc_error(out, np.zeros(30, int)) == 0.5
+    assert scores.auroc_error(out, y) == pytest.approx(1 - np.mean(areas))
+    assert scores.auroc_error(out, np.zeros(30, int)) == 0.5
     out, y = RNG.normal(size=(20, 3)), RNG.integers(0, 2, (20, 3))
     y[:, 2] = 1  # always there: left out
-    assert data.label_auroc_error(out, y) == pytest.approx(1 - (area(out[:, 0], y[:, 0]) + area(out[:, 1], y[:, 1])) / 2)
+    assert scores.label_auroc_error(out, y) == pytest.approx(1 - (area(out[:, 0], y[:, 0]) + area(out[:, 1], y[:, 1])) / 2)
 
 
 def precision(scores, y):
@@ -842,19 +844,19 @@ def precision(scores, y):
 def test_map_averages_the_chunks_of_a_clip_first():
     out, y = RNG.normal(size=(9, 3)), RNG.integers(0, 2, (9, 3)).astype(float)
     y[0] = 1
-    assert data.clip_map_error(out, y) == pytest.approx(1 - np.mean([precision(out[:, k], y[:, k]) for k in range(3)]))
+    assert scores.clip_map_error(out, y) == pytest.approx(1 - np.mean([precision(out[:, k], y[:, k]) for k in range(3)]))
     chunks = np.array([2, 0, 2, 1, 1, 2, 3])
     of_clip = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], float)
     out = RNG.normal(size=(7, 3))
     mean = np.array([out[chunks == c].mean(0) for c in range(4)])
     expected = 1 - np.mean([precision(mean[:, k], of_clip[:, k]) for k in range(2)])  # nothing has the third label
-    assert data.clip_map_error(out, np.concatenate([of_clip[chunks], chunks[:, None]], 1)) == pytest.approx(expected)
+    assert scores.clip_map_error(out, np.concatenate([of_clip[chunks], chunks[:, None]], 1)) == pytest.approx(expected)
 
 
 def test_balanced_error_leaves_out_what_does_not_count():
     out = np.array([[[1.0, -1.0, 2.0, 3.0, -4.0, 5.0]]])
     y = np.array([[[1.0, 1.0, 0.0, 0.0, 0.0, np.nan]]])
-    assert data.balanced_error(out, y) == pytest.approx(1 - (1 / 2 + 1 / 3) / 2)
+    assert scores.balanced_error(out, y) == pytest.approx(1 - (1 / 2 + 1 / 3) / 2)
 
 
 def test_protein_error_by_hand():
@@ -864,9 +866,9 @@ def test_protein_error_by_hand():
     out = np.full((2, 40, 40), 7.0, np.float32)
     out[0, 3, 30], out[0, 30, 3], out[0, 5, 29], out[0, 29, 5] = 4.0, 10.0, -9.0, 1.0
     # |6 - (4 + 10) / 2| = 1, |8 - 0.01| = 7.99; the second protein has no such pair
-    assert data.protein_mae(out, y) == pytest.approx((1 + 7.99) / 2, rel=1e-5)
-    with pytest.raises(data.UserError, match="nothing to score"):
-        data.protein_mae(out[1:], y[1:])
+    assert scores.protein_mae(out, y) == pytest.approx((1 + 7.99) / 2, rel=1e-5)
+    with pytest.raises(cli.UserError, match="nothing to score"):
+        scores.protein_mae(out[1:], y[1:])
 
 
 # ---- recipes
@@ -875,7 +877,7 @@ def test_protein_error_by_hand():
 def test_averaged_gradients_with_our_settings_take_the_official_step():
     """The official code sums the gradients of 4 batches, with its learning rate and decay; we average with ours."""
     for optimizer, make in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
-        recipe = data.published(optimizer, 1e-2, 0.3, 8, 10, accumulate=4)
+        recipe = published.published(optimizer, 1e-2, 0.3, 8, 10, accumulate=4)
         w = [torch.tensor([1.0, -2.0], requires_grad=True) for _ in range(2)]
         official, ours = make([w[0]], lr=1e-2, weight_decay=0.3), make([w[1]], lr=recipe.lr, weight_decay=recipe.weight_decay)
         for _ in range(5):
@@ -898,15 +900,15 @@ def test_recipes_name_a_source_of_their_modality():
                 assert method == "orca" or args.k_begin > 0
     args = data.complete(pare.Args(task="psicov"), "pare", "tiny")
     assert (args.batch_size, args.accumulate) == (4, 8)  # 32 samples would be 1.9 GB
-    with pytest.raises(data.UserError, match=r"--source conll2003 does not go with cifar100.\nTake cifar10 or tiny_imagenet"):
+    with pytest.raises(cli.UserError, match=r"--source conll2003 does not go with cifar100.\nTake cifar10 or tiny_imagenet"):
         data.complete(pare.Args(task="cifar100", source="conll2003"), "pare", "tiny")
 
 
 def test_unknown_tables_and_tasks():
     assert data.find_task("openml12345").name == "openml12345"
-    with pytest.raises(data.UserError, match="perhaps openml<ID>"):
+    with pytest.raises(cli.UserError, match="perhaps openml<ID>"):
         data.find_task("openml")
-    with pytest.raises(data.UserError, match="perhaps darcy"):
+    with pytest.raises(cli.UserError, match="perhaps darcy"):
         data.find_task("darcyy")
 
 
@@ -939,14 +941,14 @@ def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys):
 def test_toy_signals_and_fields_can_be_learnt():
     from sklearn.linear_model import LogisticRegression, Ridge
 
-    x, y = data.toy_signals(1200, 0, (1, 46), 6)
+    x, y = toys.signals(1200, 0, (1, 46), 6)
     spectrum = abs(np.fft.rfft(x[:, 0]))
     assert LogisticRegression(max_iter=300).fit(spectrum[:1000], y[:1000]).score(spectrum[1000:], y[1000:]) > 0.8
-    x, y = (part[:, 0, ::8] for part in data.toy_fields(400, 0, (1, 256), (1, 256)))
+    x, y = (part[:, 0, ::8] for part in toys.fields(400, 0, (1, 256), (1, 256)))
     assert Ridge(1e-3).fit(x[:300], y[:300]).score(x[300:], y[300:]) > 0.95  # a linear map takes one to the other
-    x, y = data.toy_table(900, 0)
+    x, y = toys.table(900, 0)
     assert LogisticRegression().fit(x[:600, 0], y[:600]).score(x[600:, 0], y[600:]) > 0.8
-    pieces, y, classes = data.toy_text(50, 0)
+    pieces, y, classes = toys.text(50, 0)
     assert classes == 4 and all(len(piece) == 32 for piece in pieces)
 
 
@@ -960,13 +962,13 @@ def test_the_table_fits_on_a_screen(capsys):
 
 
 def test_prepare_says_what_to_fetch_by_hand(tmp_path, monkeypatch, capsys):
-    for key, download in data.DOWNLOADS.items():
-        monkeypatch.setitem(data.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
-    with pytest.raises(data.UserError, match="^deepsea, conll2003 could not be fetched"):
+    for key, download in files.DOWNLOADS.items():
+        monkeypatch.setitem(files.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
+    with pytest.raises(cli.UserError, match="^deepsea, conll2003 could not be fetched"):
         data.prepare("deepsea", tmp_path)
     by_hand = r"deepsea: http.* cannot be reached .*\n.*by hand \(.*Google Drive.*\): .*/deepsea_filtered.npz, 860 MB."
     assert re.search(by_hand, capsys.readouterr().out)
-    with pytest.raises(data.UserError, match="cannot be reached"):
+    with pytest.raises(cli.UserError, match="cannot be reached"):
         data.prepare("voc", tmp_path)
 
 
@@ -976,8 +978,8 @@ def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
     data.prepare("conll2000", tmp_path)
     assert (tmp_path / "conll2000/train.txt").read_text() == "w NN O"
     (tmp_path / "protein.zip").write_bytes(b"half a zip")
-    with pytest.raises(data.UserError, match="protein.zip is not a whole archive"):
-        data.fetch(data.DOWNLOADS["protein"], tmp_path)
+    with pytest.raises(cli.UserError, match="protein.zip is not a whole archive"):
+        files.fetch(files.DOWNLOADS["protein"], tmp_path)
 
 
 def test_a_first_stage_has_the_published_rate_of_one_batch():
@@ -997,15 +999,15 @@ def test_text_whose_chunks_begin_with_b_only_inside_runs_is_read_alike(tmp_path)
     for name, lines in (("new", new), ("old", old)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "eng.train").write_text("\n".join(lines))
-    (x, y, n), (x_old, y_old, n_old) = (data.read_conll(tmp_path / name, 99, 0, ("eng.train",)) for name in ("new", "old"))
+    (x, y, n), (x_old, y_old, n_old) = (text.read_conll(tmp_path / name, 99, 0, ("eng.train",)) for name in ("new", "old"))
     assert x == x_old and (y == y_old).all() and n == n_old == 4
 
 
 def test_an_archive_that_is_still_there_was_not_unpacked_to_its_end(tmp_path):
     (tmp_path / "npy_train").mkdir()
-    assert data.present(data.DOWNLOADS["cosmic_train"], tmp_path)
+    assert files.present(files.DOWNLOADS["cosmic_train"], tmp_path)
     (tmp_path / "deepCR.ACS-WFC.train.tar").touch()
-    assert not data.present(data.DOWNLOADS["cosmic_train"], tmp_path)
+    assert not files.present(files.DOWNLOADS["cosmic_train"], tmp_path)
 
 
 def test_an_unknown_distance_between_residues_is_no_contact(tmp_path):

@@ -14,8 +14,9 @@ import transformers
 from conftest import ROOT
 from safetensors import safe_open
 
+import backbones
+import cli
 import common
-import data
 
 IDS = torch.randint(5, 300, (3, 32), generator=torch.Generator().manual_seed(0))
 
@@ -89,10 +90,10 @@ def test_never_more_tokens_than_the_backbone_has_positions(tiny):
 
 
 def test_modalities_that_do_not_fit_are_told_what_does(tiny, swin):
-    with pytest.raises(data.UserError, match="tiny-swin is a Swin.*1 x 1000(.|\n)*Give tiny-roberta or roberta_base") as error:
+    with pytest.raises(cli.UserError, match="tiny-swin is a Swin.*1 x 1000(.|\n)*Give tiny-roberta or roberta_base") as error:
         common.make_embedder((1, 1000), swin, "copy")
     assert len(str(error.value).splitlines()) == 2
-    with pytest.raises(data.UserError, match="tiny-roberta is a text model.*3 x 60 x 60(.|\n)*Give tiny-swin or swin_base"):
+    with pytest.raises(cli.UserError, match="tiny-roberta is a text model.*3 x 60 x 60(.|\n)*Give tiny-swin or swin_base"):
         common.make_embedder((3, 60, 60), tiny, "copy")
     assert isinstance(common.make_embedder((5, 60, 60), swin, "copy"), common.Embedder2d)
 
@@ -166,7 +167,7 @@ def test_which_predictor_a_task_gets(tiny):
 # ---- text backbones
 
 
-@pytest.mark.parametrize("kind", common.BERT_LIKE)
+@pytest.mark.parametrize("kind", backbones.BERT_LIKE)
 def test_embedder_and_encoder_are_the_model(kind, tmp_path):
     """From a folder: ids -> embedder -> encoder is the last hidden state of transformers' own model."""
     model = small_model(kind).eval()
@@ -181,7 +182,7 @@ def test_embedder_and_encoder_are_the_model(kind, tmp_path):
 
 
 def test_the_tiny_roberta_is_the_model_in_its_file(tiny):
-    path = common.WEIGHTS / "tiny-roberta.safetensors"
+    path = backbones.WEIGHTS / "tiny-roberta.safetensors"
     with safe_open(path, "pt") as file:
         config = transformers.RobertaConfig(**json.loads(file.metadata()["architecture"]))
         weights = {k: file.get_tensor(k).float() for k in file.keys()}
@@ -196,11 +197,11 @@ def test_the_tiny_roberta_is_the_model_in_its_file(tiny):
 
 def test_the_tiny_roberta_fills_in_words():
     """It is a language model: a masked function word is found among the likeliest few, in several sentences."""
-    path = common.WEIGHTS / "tiny-roberta.safetensors"
-    architecture, vocabulary, weights = common.read_file(path)
+    path = backbones.WEIGHTS / "tiny-roberta.safetensors"
+    architecture, vocabulary, weights = backbones.read_file(path)
     model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**architecture)).eval()
     model.load_state_dict(weights, strict=False)
-    _, tokenizer = common.read_roberta(path)
+    _, tokenizer = backbones.read_roberta(path)
     found = 0
     sentences = ["the president of ? United States said", "he did not want ? go back to the city", "one of ? best films",
                  "they have ? able to see it", "I do n't know ? it is"]  # fmt: skip
@@ -254,20 +255,20 @@ def test_roberta_base_has_the_papers_shapes_and_needs_no_network():
 def test_mistaken_text_backbones_are_named(tmp_path, monkeypatch):
     config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)
     transformers.GPT2Model(config).save_pretrained(tmp_path / "gpt")
-    with pytest.raises(data.UserError, match="is a gpt2 model"):
+    with pytest.raises(cli.UserError, match="is a gpt2 model"):
         common.load_source(str(tmp_path / "gpt"))
-    with pytest.raises(data.UserError, match="there is no folder"):
+    with pytest.raises(cli.UserError, match="there is no folder"):
         common.load_source(str(tmp_path / "nothing"))
     small_model("bert").save_pretrained(tmp_path / "bert")
-    with pytest.raises(data.UserError, match="without its tokenizer"):
+    with pytest.raises(cli.UserError, match="without its tokenizer"):
         common.load_source(str(tmp_path / "bert")).tokenizer(["a"])
     (tmp_path / "bert/model.safetensors").write_bytes(b"broken")
-    with pytest.raises(data.UserError, match="cannot be had"):
+    with pytest.raises(cli.UserError, match="cannot be had"):
         common.load_source(str(tmp_path / "bert"))
 
 
 def test_a_hub_out_of_reach_costs_two_lines():
-    code = "import common, data; data.guarded(common.load_source, 'roberta_base')"
+    code = "import common, data; cli.guarded(common.load_source, 'roberta_base')"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be had" in done.stderr and len(done.stderr.splitlines()) == 2, done.stderr
@@ -307,7 +308,7 @@ def test_texts_of_every_format_become_words(corpus):
     texts = pretrain.read_texts(corpus)
     assert list(texts) == ["plain", "tagged", "conll2003"] and "zebra" not in " ".join(texts.values())
     assert texts["tagged"] == texts["plain"] and texts["conll2003"].startswith("plum grows here plum")
-    with pytest.raises(data.UserError, match="no text in"):
+    with pytest.raises(cli.UserError, match="no text in"):
         pretrain.read_texts(corpus / "text")
 
 
@@ -356,7 +357,7 @@ def test_pretraining_text_goes_on_after_a_stop(corpus, tmp_path, monkeypatch):
         patch.setattr(pretrain.F, "cross_entropy", stops)
         pretrain.text(parted)
     assert (tmp_path / "parted.part").exists()
-    with pytest.raises(data.UserError, match="belongs to other options"):
+    with pytest.raises(cli.UserError, match="belongs to other options"):
         pretrain.text(pretrain.Text(out=str(tmp_path / "parted"), **options | {"steps": 30}))
     pretrain.text(parted)
     whole, parted = (common.load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parted"))

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import backbones
+import cli
 import common
 import data
 import pare
@@ -178,8 +180,8 @@ def test_torch_and_torchvision_that_do_not_fit_cost_two_lines(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", broken)
-    with pytest.raises(data.UserError, match="do not fit together") as error:
-        common.import_timm()
+    with pytest.raises(cli.UserError, match="do not fit together") as error:
+        backbones.import_timm()
     assert len(str(error.value).splitlines()) == 2
 
 
@@ -204,7 +206,7 @@ def test_the_probe_measures_what_a_run_left_of_the_source(script, tmp_path, caps
     errors = {row[1]: (float(row[3].split()[0]), float(row[4])) for row in table}
     assert errors["pare"][0] == errors["pare"][1] == errors["naive"][1] < 0.85
     assert 0 <= errors["naive"][0] < 0.9 and errors["naive"][0] != errors["naive"][1]
-    with pytest.raises(data.UserError, match="holds no finished run"):
+    with pytest.raises(cli.UserError, match="holds no finished run"):
         figures.probe(figures.Args("probe", (str(tmp_path),), str(tmp_path / "data")))
 
 

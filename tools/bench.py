@@ -26,7 +26,10 @@ from typing import Annotated, Literal
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli
 import data
+from run import embed_all, make_optimizer
+from tasks import images
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = data.command_line(Args, __doc__)
+    args = cli.command_line(Args, __doc__)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes started here, too
 
@@ -316,7 +319,7 @@ def one_meta_step(way, backbone, B):
 
 
 def meta(args):
-    ways, B = ("fine-tuning step", "first-order", "finite-difference", "exact"), args.batch_size or 32
+    ways, B = ("fine-tuning step", "finite-difference", "exact"), args.batch_size or 32
     results = {way: [] for way in ways}
     context = multiprocessing.get_context("spawn")
     for _ in range(args.rounds):
@@ -415,7 +418,7 @@ def build(method, scale, have, device, mix=one_by_one):
         k = min(k, source.embedder(torch.zeros(1, 3, 64, 64, device=device)).shape[1])
     else:
         net = nn.ModuleList([embedder, model.predictor]) if method == "mona" else model
-    optimizer = common.make_optimizer(net, args)
+    optimizer = make_optimizer(net, args)
 
     def step(x, y, x_s, y_s):
         if method == "mona":  # stage 1
@@ -514,11 +517,11 @@ def one_alignment(way, scale, timed):
     source.embedder.to(device)
     everything, before = torch.arange(len(source_set), device=device), peak()
     with torch.no_grad():
-        u_s = torch.cat([orca.embed(source.embedder, source_set, part) for part in everything.split(128)])
+        u_s = embed_all(source.embedder, source_set, everything)
     if way == "ours":
         rows = orca.align(embedder, u_s, source_set.y, train, train.y, replace(args, embedder_epochs=1 + timed))
         return 10 * args.max_samples, statistics.median(row["seconds"] for row in rows[1:]), peak() - before
-    optimizer = common.make_optimizer(embedder, args)
+    optimizer = make_optimizer(embedder, args)
     times = []
     for _ in range(timed):
         start = time.perf_counter()
@@ -644,16 +647,16 @@ def loading(args):
         times[name].append(count / (time.perf_counter() - start))
 
     on_cpu, on_device = make_splits("pare", "cpu")[1], make_splits("pare", device)[1]
-    images, turns = np.random.default_rng(0).integers(0, 256, (500, 3, 32, 32), dtype=np.uint8), data.random_rotations(500, 0)
+    x, turns = np.random.default_rng(0).integers(0, 256, (500, 3, 32, 32), dtype=np.uint8), images.random_rotations(500, 0)
     for _ in range(args.rounds):
         take("load: DataLoader", 32 * n, lambda: [None for _ in loader(on_cpu, 32, n, args.workers, device)])
         take("load: data on the device", 32 * n, lambda: [None for _ in on_device.batches(n, 32, 0, 0)])
         take(
             "project: one by one",
             100,
-            lambda: [data.project_to_sphere(images[i : i + 1], turns[i : i + 1]) for i in range(100)],
+            lambda: [images.project_to_sphere(x[i : i + 1], turns[i : i + 1]) for i in range(100)],
         )
-        take("project: 500 at once", 500, lambda: data.project_to_sphere(images, turns))
+        take("project: 500 at once", 500, lambda: images.project_to_sphere(x, turns))
     print(
         f"{args.workers} workers, {machine()}, median of {args.rounds}\n\n| what | pictures/s | times faster |\n|---|---|---|"
     )
@@ -664,4 +667,4 @@ def loading(args):
 
 if __name__ == "__main__":
     what = {"step": steps, "curve": curve, "data": loading, "topk": topk, "distance": distance, "meta": meta}
-    data.guarded(what[args.what], args)
+    cli.guarded(what[args.what], args)

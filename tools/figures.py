@@ -36,7 +36,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import backbones
+import cli
 import data
+from tasks import images, toys
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = data.command_line(Args, __doc__)
+    args = cli.command_line(Args, __doc__)
 
 import matplotlib
 
@@ -74,7 +77,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import common
 import pare
-import pde
+from tasks import pde
 from tools.reproduce import collect, of, read, spread
 
 PICK_S, PICK_T = 10, 16  # which toy pictures
@@ -118,7 +121,7 @@ def picture(tokens):
 
 
 def idea(args):
-    flat, sphere = data.toy_pictures(40, 64, seed=7)[0], data.toy_spherical(40, 60, seed=3)[0]
+    flat, sphere = toys.images(40, 7, 64)[0], toys.spherical(40, 3, 60)[0]
     calm = flat[:, :, :8].astype(float).std((2, 3)).sum(1).argsort()  # plain backgrounds first
     tokens_s = patches(torch.from_numpy(flat[calm[PICK_S]]).float() / 255)
     target = F.interpolate(torch.from_numpy(sphere).float() / 255, (SIDE, SIDE), mode="bilinear")
@@ -213,7 +216,7 @@ def fields(args):
 def finished(run):
     """A run's result.json, and its "variant": what tools/reproduce.py calls its method."""
     if not (Path(run) / "result.json").exists():
-        raise data.UserError(f"{run} holds no finished run (result.json).\nGive the folder of a run that has ended.")
+        raise cli.UserError(f"{run} holds no finished run (result.json).\nGive the folder of a run that has ended.")
     file = Path(run) / "result.json"
     return json.loads(file.read_text()) | {"variant": read(file)["method"]}
 
@@ -248,7 +251,7 @@ def rebuild(run, args, method=None):
     """
     result, net = finished(run), weights(run)
     if method not in (None, result["method"]):
-        raise data.UserError(f"{run} is a run of {result['method']}; {args.what} needs one of {method}.")
+        raise cli.UserError(f"{run} is a run of {result['method']}; {args.what} needs one of {method}.")
     options = json.loads((Path(run) / "args.json").read_text())
     source = common.load_source(options["backbone"])
     wanted = options["scale"], options["n_train"], options["seed"], "cpu", options["as_released"]
@@ -265,7 +268,7 @@ def rebuild(run, args, method=None):
         splits.append(rebuilt.source_set)
     for split, kind in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA saw a source too
         if split.kind != kind:
-            raise data.UserError(f"{run} saw {kind} data; --data-dir {args.data_dir} gives {split.kind}.\nGive the run's own.")
+            raise cli.UserError(f"{run} saw {kind} data; --data-dir {args.data_dir} gives {split.kind}.\nGive the run's own.")
     for name, module in modules.items():
         module.load_state_dict(part(net, name))
         module.eval()
@@ -279,7 +282,7 @@ def draw(values, n, seed=0):
 
 def draw_of_classes(split, n, classes, seed=0):
     """n samples of so many classes (pseudo-classes if it has none), both drawn at random: their numbers and their classes."""
-    y = common.class_labels(split, seed=seed)
+    y = data.class_labels(split, seed=seed)
     index = draw(torch.nonzero(torch.isin(y, draw(y.unique(), classes, seed))).squeeze(1), n, seed)
     return index, y[index]
 
@@ -494,7 +497,7 @@ def chosen_patches(args, n=8):
     """What the gate keeps of n target pictures and takes from n source pictures for k = N / 2; beside it, a choice by lot."""
     run = rebuild(args.runs[0], args, "pare")
     if run.source.modality != "2d":
-        raise data.UserError(f"{args.runs[0]} is a run on signals, which have no patches to look at.\nGive one on pictures.")
+        raise cli.UserError(f"{args.runs[0]} is a run on signals, which have no patches to look at.\nGive one on pictures.")
     index_t, index_s = pairs_of(run, n)
     pictures_t = to_look_at(run.loaded.train, index_t, run.source.size)  # (n, size, size, 3)
     pictures_s = to_look_at(run.source_set, index_s, run.source.size)
@@ -526,7 +529,7 @@ def rows_of(args):
     """The task's rows of the runs below --out-dir."""
     if rows := of(collect(args.out_dir), task=args.task):
         return rows
-    raise data.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive those of tools/reproduce.py.")
+    raise cli.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive those of tools/reproduce.py.")
 
 
 def errors(rows, methods):
@@ -545,7 +548,7 @@ def gate(args):
         methods = {round(default, 2): method} | {share: f"{variant}{share}" for share in (0.2, 0.4, 0.9)}
         groups = dict(sorted(errors(rows, methods).items()))
         if not groups:
-            raise data.UserError(f"{args.out_dir} has no run of {method}.\nMake some: tools/reproduce.py --methods {method}.")
+            raise cli.UserError(f"{args.out_dir} has no run of {method}.\nMake some: tools/reproduce.py --methods {method}.")
         found[name] = dots(axis, groups, colour, x=list(groups), line="-", label=f"patches chosen by {name}")
     axis.set(xlabel="k0 / N, share of source patches in the first epoch", ylabel=f"test {rows[0]['metric']}")
     axis.set_title(args.task, fontsize=11)
@@ -585,8 +588,8 @@ def probe_error(source, train, test):
 def cifar10(args):
     """5000 training pictures and the test pictures, as data.Splits."""
     folder = Path(args.data_dir)
-    train = data.subset(*data.read_cifar10(folder), 5000, seed=0)
-    test = data.read_cifar(folder / "cifar-10-batches-py", ["test_batch"], "labels", 10)
+    train = images.subset(*images.read_cifar10(folder), 5000, seed=0)
+    test = images.read_cifar(folder / "cifar-10-batches-py", ["test_batch"], "labels", 10)
     return [data.Split(*arrays, 10, "official", data.PROXIES["cifar10"], "cpu") for arrays in (train, test)]
 
 
@@ -596,7 +599,7 @@ def adapted(runs):
         result = finished(run)
         source = common.load_source(result["backbone"])
         if source.modality != "2d":
-            raise data.UserError(f"{run} adapted a text model, which cannot look at CIFAR-10.\nGive runs on 2D tasks.")
+            raise cli.UserError(f"{run} adapted a text model, which cannot look at CIFAR-10.\nGive runs on 2D tasks.")
         source.encoder.load_state_dict(part(weights(run), "encoder"))
         yield result, source
 
@@ -632,7 +635,7 @@ def forgetting(args):
     """Probe error by target, by epochs and by method. What a panel does not vary is what most of the runs have."""
     found = list(probes(args))
     if len({result["backbone"] for result, *_ in found}) > 1:
-        raise data.UserError("forgetting compares runs of one backbone.")
+        raise cli.UserError("forgetting compares runs of one backbone.")
     usual = {key: statistics.mode(result[key] for result, *_ in found) for key in ("task", "epochs", "variant", "method")}
     panels = {}  # title -> value -> probe errors
     for key, by, held in (("task", "task", ("variant", "epochs")), ("epochs", "epochs", ("task", "method")),
@@ -645,7 +648,7 @@ def forgetting(args):
         if len(groups) > 1:
             panels[f"by {by}\n({rest})"] = {str(k): groups[k] for k in (sorted(groups) if key == "epochs" else groups)}
     if not panels:
-        raise data.UserError("forgetting needs runs that differ in their task, their epochs or their method.")
+        raise cli.UserError("forgetting needs runs that differ in their task, their epochs or their method.")
     shares = [len(groups) + 1 for groups in panels.values()]
     figure = plt.figure(figsize=(min(13.5, 1.5 + 0.85 * sum(shares)), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=shares)
@@ -709,8 +712,8 @@ def discrepancy(args, classes=10, n=500, draws=5):
     the target through the copied embedder. Chance depends on the number of classes: every task gets ten, drawn from its own, or
     clusters of its fields; five draws, each of at most n training samples, give mean and standard deviation.
     """
-    source = common.load_source(common.DEFAULT_BACKBONE["2d", "tiny"])
-    pictures = data.read_tiny_imagenet(Path(args.data_dir), n=data.SOURCE_SAMPLES)
+    source = common.load_source(backbones.DEFAULT_BACKBONE["2d", "tiny"])
+    pictures = images.read_tiny_imagenet(Path(args.data_dir), n=data.SOURCE_SAMPLES)
     proxy = data.Split(*pictures, 200, "official", data.PROXIES["tiny_imagenet"], "cpu")
     fitted, found = classifier().fit(features(source.embedder, source.encoder, proxy), proxy.y.numpy()), {}
     for name in args.runs or ("cifar100", "spherical", "darcy", "shallow_water2d"):
@@ -776,9 +779,9 @@ def main(args):
     least, most, make = COMMANDS[args.what]
     if not least <= len(args.runs) <= most:
         wanted = f"{least}{' or more' * (most > least)}"
-        raise data.UserError(f"{args.what} needs {wanted} of the folders of finished runs; {len(args.runs)} given.")
+        raise cli.UserError(f"{args.what} needs {wanted} of the folders of finished runs; {len(args.runs)} given.")
     return make(args)
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, args)

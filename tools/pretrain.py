@@ -19,7 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import backbones
+import cli
 import data
+from run import write
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,13 @@ class Text:
 
 
 if __name__ == "__main__":
-    args = data.command_line(Images | Text, __doc__)
+    args = cli.command_line(Images | Text, __doc__)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-import common
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
@@ -140,11 +141,11 @@ def images(args):
     torch.manual_seed(args.seed)
     proxy, start = data.PROXIES["tiny_imagenet"], time.time()
     splits = {
-        s: data.Split(*data.read_tiny_imagenet(Path(args.data_dir), s), 200, "official", proxy, device)
+        s: data.Split(*images.read_tiny_imagenet(Path(args.data_dir), split=s), 200, "official", proxy, device)
         for s in ("train", "val")
     }
     train, val = splits["train"], splits["val"]
-    train.augment = lambda x, u: resized(data.resized_crop_and_flip(x, u, scale=(args.crop, 1)))
+    train.augment = lambda x, u: resized(images.resized_crop_and_flip(x, u, scale=(args.crop, 1)))
     print(f"{len(train):,} training and {len(val):,} validation images read in {time.time() - start:.0f} s")
 
     def resized(x):  # (B, 3, 64, 64) -> (B, 3, size, size)
@@ -153,7 +154,7 @@ def images(args):
     heads = [max(1, args.width * 2**stage // 32) for stage in range(len(args.depths))]
     architecture = dict(img_size=args.size, patch_size=4, window_size=args.window, embed_dim=args.width,
                         depths=args.depths, num_heads=heads, num_classes=200, drop_path_rate=0.0)  # fmt: skip
-    model = common.build_swin(**architecture).to(device)
+    model = backbones.build_swin(**architecture).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
               for matrix in (True, False)]  # fmt: skip
@@ -177,7 +178,7 @@ def images(args):
     def save(epoch):
         """Weights and card, together; the top-1 is that of the rounded weights."""
         weights = {k: v.half() for k, v in model.state_dict().items()}
-        rounded = common.build_swin(**architecture).to(device)
+        rounded = backbones.build_swin(**architecture).to(device)
         rounded.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
         path = Path(args.out).with_suffix(".safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,12 +275,12 @@ def read_texts(data_dir):
                 names = [n for n in sorted(file.namelist()) if not n.endswith(("/", "README", "cats.txt", "test.txt"))]
                 texts[path.stem] = " ".join(plain(file.read(name).decode("utf-8", "replace")) for name in names)
         except (zipfile.BadZipFile, OSError) as error:
-            raise data.UserError(f"{path} is not a whole zip ({error}).\nRemove it, or fetch it again.") from error
+            raise cli.UserError(f"{path} is not a whole zip ({error}).\nRemove it, or fetch it again.") from error
     conll = Path(data_dir) / "conll2003" / "train.txt"
     if conll.exists():
         texts["conll2003"] = plain(conll.read_text())
     if not any(texts.values()):
-        raise data.UserError(
+        raise cli.UserError(
             f"no text in {data_dir}.\nIt should hold text/*.zip or conll2003/train.txt; say where: --data-dir."
         )
     return texts
@@ -362,7 +363,7 @@ def text(args):
         """One stream of tokens, cut into sequences: (n, T)."""
         stream = torch.cat(parts)
         if len(stream) < args.length:
-            raise data.UserError(f"{args.data_dir} holds {len(stream)} tokens of text, too few for one --length {args.length}.")
+            raise cli.UserError(f"{args.data_dir} holds {len(stream)} tokens of text, too few for one --length {args.length}.")
         return stream[: len(stream) // args.length * args.length].view(-1, args.length)
 
     val = packed(ids[49::50])
@@ -375,7 +376,7 @@ def text(args):
                         attention_probs_dropout_prob=0.0)  # fmt: skip
     positions = architecture["max_position_embeddings"] - 2
     if args.length > positions:
-        raise data.UserError(f"--length {args.length} is more than the {positions} positions.")
+        raise cli.UserError(f"--length {args.length} is more than the {positions} positions.")
     model = RobertaForMaskedLM(RobertaConfig(**architecture))
     look_at_neighbours(model.roberta)
     model = model.to(device)
@@ -457,14 +458,14 @@ def text(args):
             },
             buffer,
         )
-        common.write(path.with_suffix(".part"), buffer.getvalue())
+        write(path.with_suffix(".part"), buffer.getvalue())
         return scores
 
     first, before = 0, 0.0
     if path.with_suffix(".part").exists():
         state = torch.load(path.with_suffix(".part"), map_location=device, weights_only=True)
         if state["args"] != asdict(args):
-            raise data.UserError(
+            raise cli.UserError(
                 f"{path.with_suffix('.part')} belongs to other options.\nRepeat them, or remove it to start over."
             )
         for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
@@ -504,4 +505,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, args)

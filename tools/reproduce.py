@@ -29,7 +29,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import cli
 import data
+from run import write
+from tasks import published
 from tools.variants import METHODS, PATCHES
 
 PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.cluster", "matplotlib.pyplot")
@@ -75,11 +78,9 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = data.command_line(Args, __doc__)
+    args = cli.command_line(Args, __doc__)
 
 import torch
-
-import common
 
 
 def folder(out_dir, method):
@@ -93,14 +94,14 @@ def train(method, options):
     module = importlib.import_module(file.removesuffix(".py"))
     PATCHES.get(method, lambda module: None)(module)
     sys.argv = [file, *own, *options]
-    data.guarded(module.main, data.command_line(module.Args, module.__doc__))
+    cli.guarded(module.main, cli.command_line(module.Args, module.__doc__))
 
 
 def refer(method, args, task, seed, out):
     """A reference on the split of a run of that seed; nothing if it does not fit the task."""
     from tools import references
 
-    began, n = time.perf_counter(), args.n_train or (data.TINY.n_train if args.scale == "tiny" else None)
+    began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
     loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
     error = references.refer(method, loaded, seed)
     if error is not None:
@@ -108,7 +109,7 @@ def refer(method, args, task, seed, out):
                "data": loaded.train.kind, "scale": args.scale, "n_train": len(loaded.train),
                "seconds": time.perf_counter() - began}  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        common.write(out / "result.json", json.dumps(row).encode())
+        write(out / "result.json", json.dumps(row).encode())
 
 
 def child(log, device, threads, function, *arguments):
@@ -121,7 +122,7 @@ def child(log, device, threads, function, *arguments):
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
     torch.set_num_threads(threads)
-    data.guarded(function, *arguments)
+    cli.guarded(function, *arguments)
 
 
 STARTING = threading.Lock()  # a process started by one thread collects the exit codes of the others', which can be read once
@@ -166,9 +167,9 @@ def same_options(args):
     chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
     for task in args.tasks:
         if before.setdefault(task, chosen) != chosen:
-            raise data.UserError(f"{args.out_dir} holds runs of {task} with {before[task]}.\nGive these another --out-dir.")
+            raise cli.UserError(f"{args.out_dir} holds runs of {task} with {before[task]}.\nGive these another --out-dir.")
     note.parent.mkdir(parents=True, exist_ok=True)
-    common.write(note, json.dumps(before, indent=1).encode())
+    write(note, json.dumps(before, indent=1).encode())
 
 
 def read(file):
@@ -295,7 +296,7 @@ def main(args):
     for task in args.tasks:
         data.find_task(task)
     if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
-        raise data.UserError(f"there is no method {unknown[0]!r}; there are {', '.join((*METHODS, *REFERENCES))}.")
+        raise cli.UserError(f"there is no method {unknown[0]!r}; there are {', '.join((*METHODS, *REFERENCES))}.")
     args = replace(args, scale=("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale)
     if args.seeds:
         same_options(args)
@@ -339,8 +340,8 @@ def main(args):
                 profile(rows, Path(args.out_dir) / "profile.png")
         paired(rows)
     if not all(done):
-        raise data.UserError(f"{done.count(False)} of {len(done)} runs failed; the same command tries them again.")
+        raise cli.UserError(f"{done.count(False)} of {len(done)} runs failed; the same command tries them again.")
 
 
 if __name__ == "__main__":
-    data.guarded(main, args)
+    cli.guarded(main, args)

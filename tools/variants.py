@@ -67,13 +67,13 @@ def freeze(*parts):
     """In stage 2 these parts of the model stay as stage 1 left them."""
 
     def patch(method):
-        class Run(method.common.Run):
+        class Run(method.Run):
             def distribute(self, module):
                 for part in parts:
                     getattr(module, part).requires_grad_(False)
                 return super().distribute(module)
 
-        method.common.Run = Run
+        method.Run = Run
 
     return patch
 

@@ -1,6 +1,6 @@
 """The PDE tasks, solved here: batched, in double precision, on the device, with the benchmark's parameters.
 
-    python pde.py --task all --samples 100        solves so many of every data set and prints the time it took
+    python tasks/pde.py --task all --samples 100        solves so many of every data set and prints the time it took
 
 A data set is like a file that need not be fetched: its random numbers have seeds of its own, not the run's, so every run has
 the same samples. They are drawn on the CPU, whatever the device.
@@ -521,7 +521,7 @@ def simulate(name, samples, n, every=1, test=False, released=False, device="cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python pde.py
+# python tasks/pde.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,122 @@
+"""The command line: the options that all methods share, and how mistakes are reported. Imports nothing of ours, no torch."""
+
+import errno
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# options with bounds: those that must be positive, and the largest value of those that may also be 0
+POSITIVE = ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "embedder_lr", "meta_lr",
+            "inner_lr", "max_samples", "classes_per_problem", "source_samples", "jobs")  # fmt: skip
+LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
+           "embedder_epochs": 1e6, "meta_epochs": 1e6, "reg": 1e9, "lambda_": 1e9, "momentum": 1, "dropout": 1,
+           "mix_weight": 1e6, "warmup_epochs": 1e6}  # fmt: skip
+
+
+class UserError(Exception):
+    """A mistake the user can fix: one or two lines that say what, where and what to do; exit code 2."""
+
+
+class Missing(UserError):
+    """Files that a task needs are missing."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """The options that all method files share; each extends them by its own. A None is filled in from the task's recipe."""
+
+    task: str = "spherical"
+    """what to adapt to; `python data.py` lists the tasks"""
+    scale: Literal["auto", "tiny", "full"] = "auto"
+    """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
+    backbone: str | None = None
+    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
+    source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
+    """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
+    data_dir: str = "datasets"
+    """where the official files are read from; nothing is written there"""
+    out_dir: str = "runs"
+    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
+    seed: int = 0
+    """of every random draw. Results of one seed are not reliable: report at least three"""
+    init: Literal["copy", "random"] = "copy"
+    """initial target embedder: copied from the pretrained one, or random. Matters more than most methods: vary it first"""
+    as_released: bool = False
+    """follow the official code where it differs from the paper"""
+    resume: bool = False
+    """continue after the last finished epoch; the result is that of an uninterrupted run. An unfinished stage 1 restarts"""
+    compile: bool = False
+    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    checkpoint: bool = False
+    """activation checkpointing, for small GPUs: recompute activations in the backward pass. Not in MoNA's stage 1"""
+    epochs: int | None = None
+    """passes over the training samples. Default of this and the following: the recipe of the task (full: the published one)"""
+    n_train: int | None = None
+    """training samples used; methods differ most when there are few"""
+    batch_size: int | None = None
+    """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
+    accumulate: int | None = None
+    """gradient accumulation: forward passes averaged into one optimizer step"""
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    """Adam and AdamW use betas (0.9, 0.98)"""
+    momentum: float | None = None
+    """of SGD"""
+    dropout: float | None = None
+    """probability in every dropout layer of the encoder; 0 in most published settings"""
+    lr: float | None = None
+    """peak learning rate. Halve it if the loss jumps, double it if the loss hardly falls; tune every method alike"""
+    weight_decay: float | None = None
+    """on all parameters"""
+    clip: float | None = None
+    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up of the learning rate"""
+    decay_epochs: float | None = None
+    """epoch at which the linear decay of the learning rate reaches 0; may lie beyond the last epoch"""
+
+
+def command_line(Args, doc, check_task=None):
+    """Read the command line into the dataclass `Args`, whose field docstrings are the help; exit code 2 for a bad value.
+
+    `check_task(name)` raises UserError for an unknown task.
+    """
+    import tyro
+
+    def read():
+        args = tyro.cli(Args, description=doc)
+        if check_task and hasattr(args, "task"):
+            check_task(args.task)
+        for name in POSITIVE:
+            if (value := getattr(args, name, None)) is not None and not value > 0:
+                raise UserError(f"--{option(name)} {value} must be positive.")
+        for name, most in LARGEST.items():
+            if not 0 <= (getattr(args, name, None) or 0) <= most:
+                raise UserError(f"--{option(name)} {getattr(args, name)} must lie between 0 and {most:g}.")
+        return args
+
+    return guarded(read)
+
+
+def option(name):
+    """lambda_ -> lambda, batch_size -> batch-size"""
+    return name.strip("_").replace("_", "-")
+
+
+def guarded(main, *args):
+    """Call `main`; report a UserError, a folder that cannot be written, or a full disk in one or two lines, exit code 2."""
+    try:
+        return main(*args)
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped. Resume a training run with --resume.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (PermissionError, NotADirectoryError) as error:
+        message = f"{error.filename}: {error.strerror}.\nGive a folder that you can write to."
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)

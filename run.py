@@ -1,0 +1,449 @@
+"""What keeps a run: optimizer and schedule, processes, seeds, the run folder with its checkpoints, evaluation, curves."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+from backbones import DEFAULT_BACKBONE, reason
+from cli import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(module, args):
+    """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as the official codes."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    Adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    return Adam(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
+
+
+def make_schedule(optimizer, args, steps):
+    """Linear warm-up, then linear to 0 at decay_epochs; advanced once per optimizer step, `steps` of them in an epoch.
+
+        factor(t) = min((t + 1) / W, (T - t) / (T - W)),   W = warmup_epochs steps,  T = decay_epochs steps
+
+    The official WarmupLR counts micro-batches and spends its first one at rate 0.
+    """
+    W, T = args.warmup_epochs * steps, args.decay_epochs * steps
+    factor = lambda t: max(0.0, min((t + 1) / max(W, 1), (T - t) / max(T - W, 1)))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each has a part of the samples, and all compute the same loss, that of all samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def processes():
+    """This process's number and how many there are: (rank, G), (0, 1) without torchrun."""
+    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if initialised else (0, 1)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over the processes, on each. So is its derivative, which can be derived again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.apply(gradient)
+
+
+def shard(x):
+    """The rows of x (n, ...) that this process works on: every G-th, as in `data.Split.batches`."""
+    rank, world = processes()
+    return x[rank::world]
+
+
+def gather(x, n=None):
+    """The inverse of `shard`, with a gradient: (n / G, ...) -> (n, ...). n: needed where G does not divide it.
+
+    A loss on the gathered rows is the loss on all samples, the same in every process. Backward, each process gets G times its
+    own rows' part of the gradient, and `average` makes the whole gradient of what all of them share, as for
+    DistributedDataParallel.
+    """
+    rank, world = processes()
+    if world == 1:
+        return x
+    rows = x.new_zeros(n or len(x) * world, *x.shape[1:])
+    rows[rank::world] = x
+    return SumOverProcesses.apply(rows)  # the others' rows are 0 here: the sum is exact
+
+
+def average(tensors):
+    """The means of tensors over the processes, with a gradient."""
+    world = processes()[1]
+    return list(tensors) if world == 1 else [SumOverProcesses.apply(x) / world for x in tensors]
+
+
+def embed_all(embedder, split, index, chunk=128):
+    """Samples `index` of a data.Split as one vector each, the mean over their tokens, with a gradient: (m,) -> (m, D)
+
+    Embedded `chunk` at a time and recomputed in the backward pass, so that memory does not grow with m. Each process embeds
+    its part.
+    """
+
+    def embed(index):
+        return embedder(split.inputs(index)).mean(1)  # (chunk, N, D) -> (chunk, D)
+
+    parts = [checkpoint(embed, part, use_reentrant=False) for part in shard(index).split(chunk)]
+    return gather(torch.cat(parts), len(index))  # (m, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run keeping: processes, device, seeds, folder, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the device
+
+
+def write(path, content):
+    """Write bytes under a temporary name, then rename: a killed run never leaves half a file."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    part.replace(path)
+
+
+def seed_everything(*numbers):
+    """Seed torch from (seed, epoch, process). Each epoch draws from its own seed, so a resumed run repeats it exactly."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def mean_loss(losses, split, step, epoch, args):
+    """Mean of the last LOG_EVERY losses up to `step`: the one place in the loop where the host waits for the device.
+
+    Raises UserError when one is not finite, naming the step and the training samples of its batch.
+    """
+    first = step // LOG_EVERY * LOG_EVERY
+    recent = losses[first : step + 1].tolist()
+    for i, loss in enumerate(recent):
+        if loss - loss != 0:  # inf or nan
+            order, _ = split.plan(len(losses), args.batch_size, args.seed, epoch)
+            samples = order[first + i].tolist()
+            raise UserError(
+                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, on training samples {samples[:8]}...\n"
+                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would meet it again."
+            )
+    return sum(recent) / len(recent)
+
+
+class Run:
+    """One run: its processes and device, its options filled in, and its folder.
+
+    `torchrun` sets RANK and WORLD_SIZE; without them the same lines describe a single process.
+    """
+
+    def __init__(self, args, method):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")  # one voice
+        scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
+        modality = data.find_task(args.task).modality
+        args = replace(args, scale=scale, backbone=args.backbone or DEFAULT_BACKBONE[modality, scale])
+        self.args, self.method = data.complete(args, method, scale), getattr(args, "mode", method)
+        if self.args.batch_size % self.world:
+            raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes.")
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = "bf16 autocast" if bf16 else "fp32"
+        self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
+        self.stage1 = []  # a row for each epoch of a method's first stage
+        seed_everything(self.args.seed)
+
+    def start(self, *splits):
+        """Make the run's folder; False if the run there is finished. `splits`: what it trains on; a toy run is named so.
+
+        Raises UserError if the folder holds another run, or this one without --resume.
+        """
+        args, kinds = self.args, [split.kind for split in splits]
+        identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
+        self.kind = "toy" if "toy" in kinds else kinds[0]
+        toy = "-toy" if self.kind == "toy" else ""
+        backbone = Path(args.backbone).name.replace(":", "_").removesuffix(".safetensors")
+        self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
+        self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
+        self.stage1_file = self.folder / "stage1.safetensors"
+        if any(file.exists() for file in (self.stage1_file, self.last, self.result_file)):
+            if not args.resume:
+                state = "a finished run: see result.json" if self.result_file.exists() else "a run already: go on with --resume"
+                raise UserError(f"{self.folder} holds {state}.\nOr choose another --out-dir, or remove the folder.")
+            before = json.loads((self.folder / "args.json").read_text())
+            free = ("resume", "out_dir", "data_dir")  # what may change without changing the result
+            other = [
+                f"{k} was {before.get(k)!r}, now {v!r}"
+                for k, v in identity.items()
+                if k not in free and before.get(k) != json.loads(json.dumps(v))
+            ]
+            if other:
+                raise UserError(
+                    f"{self.folder} holds another run: {'; '.join(other[:4])}.\n"
+                    "Repeat its options, or choose another --out-dir."
+                )
+        if self.result_file.exists():
+            print(f"{self.result_file.read_text()}\nfinished before: {self.result_file}")
+            return False
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
+        if self.world > 1:
+            torch.distributed.barrier()  # nobody writes what a slower process would take for an earlier run
+            if not (self.folder / "args.json").exists():
+                raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
+        processes = f", {self.world} processes" * (self.world > 1)
+        print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
+        return True
+
+    @contextlib.contextmanager
+    def first_process_first(self):
+        """The first process fills the caches, then the others read them."""
+        if self.rank > 0:
+            torch.distributed.barrier()
+        yield
+        if self.rank == 0 and self.world > 1:
+            torch.distributed.barrier()
+
+    def autocast(self):
+        """bf16 for the encoder's matrix products on CUDA; what reads and writes fields, losses and distances stay in fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
+
+    def distribute(self, module):
+        """On the device, and gradients averaged over the processes if there are several.
+
+        Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told. Buffers are constants
+        (window indices): they need not be sent before every step.
+        """
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        print(f"model   {trained / 1e6:.2f}M of {sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters train")
+        module = module.to(self.device)
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    def keep_stage1(self, rows, **modules):
+        """A method's first stage is over: keep its weights and its rows of numbers, one row an epoch, in one file."""
+        self.stage1 = rows
+        if self.rank == 0:
+            weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
+            write(self.stage1_file, to_safetensors(weights, {"rows": json.dumps(rows)}))
+            self.write_history()
+
+    def restore_stage1(self, **modules):
+        """Load what `keep_stage1` kept; False if there is nothing yet."""
+        if not self.stage1_file.exists():
+            return False
+        try:
+            with safe_open(self.stage1_file, "pt") as file:
+                self.stage1 = json.loads(file.metadata()["rows"])
+            weights = load_file(self.stage1_file)
+            for name, module in modules.items():
+                module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.stage1_file} is no first stage of this run ({reason(error)}).\nRemove the folder to start over."
+            ) from error
+        print(f"resumed after stage 1, {len(self.stage1)} epochs")
+        return True
+
+    def no_sync_unless(self, step_follows, module):
+        """Exchange gradients between processes only on the micro-batch that an optimizer step follows."""
+        return contextlib.nullcontext() if self.world == 1 or step_follows else module.no_sync()
+
+    @torch.compiler.set_stance("force_eager")  # its last batch is smaller: not worth compiling again
+    @torch.no_grad()
+    def evaluate(self, model, split, task):
+        """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
+        model.eval()
+        out, y = [], []
+        chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
+        for index in torch.arange(len(split), device=self.device)[self.rank :: self.world].split(chunk):
+            with self.autocast():
+                out.append(model(split.inputs(index)).float().cpu())
+            y.append(split.targets(index).cpu())
+        out, y = torch.cat(out).numpy(), torch.cat(y).numpy()
+        if self.world > 1:
+            shares = [None] * self.world
+            torch.distributed.all_gather_object(shares, (out, y))
+            out, y = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+        return task.score(out, y)
+
+    def resume(self, net, optimizer, schedule):
+        """Load the last finished epoch if there is one; the number of the epoch to go on with."""
+        if not self.last.exists():
+            return 0
+        try:
+            state = torch.load(io.BytesIO(self.last.read_bytes()), map_location=self.device, weights_only=True)
+            if state["run"] != self.folder.name:
+                raise ValueError(f"it belongs to {state['run']}")
+            getattr(net, "module", net).load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{self.last} is no checkpoint of this run ({reason(error)}).\nRemove the folder to start over."
+            ) from error
+        self.history, self.best, self.best_epoch, self.seconds = (
+            state[k] for k in ("history", "best", "best_epoch", "seconds")
+        )
+        print(f"resumed after epoch {len(self.history)}")
+        return len(self.history)
+
+    def end_epoch(self, net, model, optimizer, schedule, row):
+        """Print and keep one line of metrics.jsonl; keep the best model by `val` and everything that is needed to go on.
+
+        Raises UserError, and keeps nothing, when `val` is not finite.
+        """
+        epoch = len(self.history)
+        if not math.isfinite(row["val"]):
+            raise UserError(
+                f"the error on validation is {row['val']} after epoch {epoch + 1}.\n"
+                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would meet it again."
+            )
+        self.history.append({"epoch": epoch + 1, **row})
+        self.seconds += row["seconds"]
+        print(
+            "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.history[-1].items()), flush=True
+        )
+        improved = row["val"] < self.best  # every metric is an error
+        if improved:
+            self.best, self.best_epoch = row["val"], epoch + 1
+        if self.rank > 0:
+            return
+        if improved:
+            write(self.best_file, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}))
+        state = {
+            "run": self.folder.name,
+            "net": getattr(net, "module", net).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(self.last, buffer.getvalue())
+        self.write_history()
+
+    def write_history(self):
+        rows = [{"stage": 1, **row} for row in self.stage1] + self.history
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def finish(self, model, loaded, source=None):
+        """Test the last and the best checkpoint; write result.json and curves.png. Returns the result."""
+        args, task = self.args, loaded.task
+        test = test_last = self.evaluate(model, loaded.test, task)
+        if self.best_epoch < len(self.history):
+            if self.world > 1:
+                torch.distributed.barrier()  # the best checkpoint is on disk
+            model.load_state_dict(load_file(self.best_file, device=str(self.device)))
+            test = self.evaluate(model, loaded.test, task)
+        seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size
+        root = Path(__file__).parent
+        git = shutil.which("git")
+        head = [git, "-C", root, "rev-parse", "--short", "HEAD"]
+        commit = git and subprocess.run(head, capture_output=True, text=True).stdout.strip()
+        result = {
+            "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
+            "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
+            "test": test, "test_last": test_last,
+            "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "n_train": len(loaded.train),
+            "seconds": round(self.seconds + sum(row["seconds"] for row in self.stage1), 1),
+            "samples_per_second": round(seen / self.seconds, 1),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
+        }  # fmt: skip
+        if self.rank == 0:
+            self.write_history()  # a run killed after its last checkpoint lacks a line
+            title = f"{self.folder.name}  ({self.kind} data)"
+            write(self.folder / "curves.png", curves(title, self.stage1, self.history, result))
+            write(self.result_file, json.dumps(result, indent=1).encode())
+        print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")
+        print(self.result_file)
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+        return result
+
+    def mean(self, losses):
+        """Mean over the steps of all processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(losses)
+        return losses.mean().item() / self.world
+
+    def compile(self, encoder):
+        """torch.compile the encoder, which does nearly all the work, in place: its parameters keep their names."""
+        if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            raise UserError(
+                "--compile needs a C++ compiler (g++ or clang++), and none was found.\nInstall one, or leave --compile out."
+            )
+        encoder.compile(dynamic=False)  # batches have one size: PaRe's 2 B, and B once k is 0
+
+    def progress(self, items, total, label):
+        """A progress bar, on the first process, if stderr is a terminal."""
+        return tqdm(items, label, total, leave=False, disable=None if self.rank == 0 else True)
+
+
+def curves(title, stage1, history, result):
+    """curves.png as bytes: each number of stage 1 over its epochs, then loss, validation metric and the rest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("stage 1: ", stage1, k) for row in stage1[:1] for k in row if k not in ("epoch", "seconds")]
+    panels += [("", history, k) for k in history[0] if k not in ("epoch", "seconds", "lr")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), layout="constrained", squeeze=False)
+    for axis, (stage, rows, name) in zip(axes[0], panels, strict=True):
+        axis.plot([row["epoch"] for row in rows], [row[name] for row in rows], ".-")
+        axis.set(xlabel="epoch", title=stage + name)
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+        if name == "val":
+            axis.plot(result["best_epoch"], result["test"], "r*", markersize=10, label=f"test {result['test']:.3f}")
+            axis.set_title(f"{result['metric']} on validation")
+            axis.legend()
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,251 @@
+"""Fields: the readers of darcy, psicov, cosmic and PDEBench, and simulated data for PDE tasks whose files are missing.
+
+A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the kind of data, and what of the task the
+files change. Shapes: n samples, C channels, H W L sizes, m residues.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from cli import Missing, UserError
+from tasks.files import check_shape, kept, kept_of_file, locate, of_files, read_npy, reading, unpickle, unpickle_entries
+from tasks.scores import relative_l2, score_of
+
+
+def read_mat(path, name, every):
+    """Every `every`-th point of an array (n, H, W) in a MATLAB file of any version, as float32."""
+    import h5py
+    from scipy.io import loadmat
+
+    with reading(path, "MATLAB file"):
+        if h5py.is_hdf5(path):  # version 7.3, whose axes are reversed
+            with h5py.File(path) as file:
+                return np.float32(file[name][::every, ::every].T)
+        return np.float32(loadmat(path, variable_names=[name])[name][:, ::every, ::every])
+
+
+def read_darcy(data_dir, cache):
+    """Flow through a porous medium: coefficient a, x and y (n, 3, 85, 85) -> pressure (n, 85, 85), every fifth point of 421.
+
+    The coefficient is normalised pixel by pixel with the training set's mean and standard deviation (+ 1e-5); loss and metric
+    undo the same for the prediction, so y stays in its own units.
+    """
+    splits = []
+    for name, n in (("smooth1", 1000), ("smooth2", 100)):
+        path = locate(data_dir, f"piececonst_r421_N1024_{name}.mat")
+        make = functools.partial(lambda path, n: [read_mat(path, array, 5)[:n] for array in ("coeff", "sol")], path, n)
+        splits.append(kept_of_file(cache, f"darcy-{name}", path, make))
+        check_shape(path, splits[-1][0], (None, 85, 85))
+    train, test, changes = darcy_fields(*splits)
+    return train, test, "official", changes
+
+
+def darcy_fields(train, test):
+    """Raw fields (n, 85, 85) -> what `read_darcy` returns, but for the kind."""
+    (a, u), (a_test, u_test) = train, test
+    mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5  # (85, 85)
+    y, x = np.meshgrid(*2 * [np.linspace(0, 1, a.shape[1], dtype=np.float32)], indexing="ij")  # x grows along the columns
+
+    def channels(a):
+        return np.stack([(a - mean) / std, *(np.broadcast_to(grid, a.shape) for grid in (x, y))], axis=1)  # (n, 3, 85, 85)
+
+    loss = functools.partial(relative_l2, mean=u.mean(0), std=u.std(0, ddof=1) + 1e-5)
+    return (channels(a), u), (channels(a_test), u_test), {"loss": loss, "score": score_of(loss)}
+
+
+PAD, SIDE, FAR = 5, 512, 16.0  # psicov: margin and side of the maps in residues, largest distance told apart in Angstrom
+
+
+def read_psicov(data_dir, cache):
+    """Distances between the residues of a protein: 57 pair features (57, 512, 512) -> Angstrom (512, 512), read lazily.
+
+    Trained on DeepCov, tested on PSICOV. Distances are cut at 16 A, which is also the value outside of the protein; the score
+    looks at true distances up to 8 A only. A protein of more than 507 residues loses its end.
+    """
+
+    def features(path):
+        names = ("ss", "pssm", "sa", "entropy", "ccmpred", "freecon", "potential")
+        ss, pssm, sa, entropy, *pairs = unpickle_entries(path, *names)
+        with reading(path, "set of protein features"):
+            each = np.concatenate([ss, np.transpose(pssm), [sa], [entropy]])  # (3 + 22 + 1 + 1, m)
+            m = each.shape[1]  # residues
+            columns = np.broadcast_to(each[:, None], (27, m, m))  # the value of residue j, in column j
+            both = np.stack([columns, columns.transpose(0, 2, 1)], axis=1).reshape(54, m, m)
+            x = np.zeros((57, SIDE, SIDE), np.float32)
+            n = min(m, SIDE - PAD)
+            x[:, PAD : PAD + n, PAD : PAD + n] = np.concatenate([both, pairs])[:, :n, :n]
+        return np.nan_to_num(x)
+
+    def distances(path):
+        content = unpickle(path)
+        with reading(path, "distance map"):
+            d = np.asarray(content[2], np.float32)
+            m, n = len(d), min(len(d), SIDE - PAD)
+            padded = np.pad(d, ((0, 0), (1, 1)), constant_values=np.nan)  # (m, m + 2)
+            i = np.arange(m)
+            neighbours = [padded[i, i], padded[i, i + 2]]  # left and right of the diagonal; the first and last have one
+            d = d.copy()
+            d[i, i] = np.nanmean(neighbours, axis=0)
+            y = np.full((SIDE, SIDE), FAR, np.float32)
+            y[PAD : PAD + n, PAD : PAD + n] = np.nan_to_num(d, nan=FAR)[:n, :n].clip(1, FAR)
+        return y
+
+    splits = []
+    for name in ("deepcov", "psicov"):
+        path = locate(data_dir, f"{name}.lst")
+        proteins, folder = path.read_text().split(), path.parent / name
+        x, y = [folder / "features" / f"{p}.pkl" for p in proteins], [folder / "distance" / f"{p}-cb.npy" for p in proteins]
+        if missing := [p for p in x + y if not p.exists()]:
+            raise Missing(f"no {missing[0]} ({len(missing)} of the files that {path} names).")
+        splits.append((of_files(features, x), of_files(distances, y)))
+    return *splits, "official"
+
+
+# proposal_visit of the extragalactic fields taken through the filter f435w
+GALAXIES = {
+    "10182_pb", "10182_pd", "10190_13", "10190_28", "10260_5", "10260_7", "10342_3", "10407_3", "10584_13", "10760_2",
+    "10760_4", "12058_1", "12058_12", "12058_16", "12058_6", "12513_2", "12513_3", "13057_1", "13364_95", "13691_11",
+    "13737_2", "13737_3", "13804_6", "14343_1", "14704_1", "9490_a2", "9490_a3",
+}  # fmt: skip
+
+
+def read_cosmic(data_dir, cache):
+    """Hits of cosmic rays in Hubble pictures: x (n, 1, 129, 128) raw counts, y (n, 128, 128) 1, 0, or NaN: does not count.
+
+    The middle 128 x 128 of each tile; row 128 holds the exposure's sky level, which `add_sky` uses.
+    """
+    splits = []
+    for name in ("train", "test"):
+        root, x, y = locate(data_dir, f"npy_{name}"), [], []
+        for sky_file in sorted(root.glob("f435w/**/sky.npy")):
+            folder = sky_file.parent
+            if not {folder.name, f"{folder.parent.name}_{folder.name}"} & GALAXIES:
+                continue
+            sky = read_npy(sky_file, (None,))
+            for path in sorted(folder.glob("[0-9]*_*.npy")):
+                with reading(path, "tile"):
+                    tile = np.load(path, mmap_mode="r")[:, 64:192, 64:192]  # (2 or 3, 128, 128)
+                    level = sky[int(path.name.split("_")[0]) - 1]
+                    x.append(np.pad(np.float32(tile[:1]), ((0, 0), (0, 1), (0, 0)), constant_values=level))  # (1, 129, 128)
+                    counts = tile[2] == 0 if len(tile) > 2 else True
+                    y.append(np.float32(np.where(counts, tile[1] > 0, np.nan)))  # (128, 128)
+                check_shape(path, x[-1], (1, 129, 128))
+        if not x:
+            raise Missing(f"no tiles of the 27 galaxy fields in {root / 'f435w'}.")
+        splits.append((np.stack(x), np.stack(y)))
+    return *splits, "official"
+
+
+def add_sky(x, u):
+    """Counts + s t, s the exposure's sky level in the last row, t uniform in [-0.9, 3]; without draws its mean, 1.05.
+
+    x (B, 1, 129, 128) -> (B, 1, 128, 128)
+    """
+    t = -0.9 + 3.9 * (0.5 if u is None else u[:, :1, None, None])
+    return x[:, :, :-1] + t * x[:, :, -1:]
+
+
+def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False):
+    """The first and one later snapshot of a PDEBench file, and nothing else of it: x (n, 1, ...), y (n, 1, L) or (n, H, W).
+
+    Args:
+        x, y: fields as (name of the array, number of the snapshot), several are laid end to end. With "data", which lies in
+            one group a sample: ("data", snapshot, channel). Arrays without time: snapshot None.
+        y_test: the targets of the test set if they are others, as in the official code.
+        every: 4 keeps each fourth point of space.
+        normalise: by mean and standard deviation (+ 1e-5) of the training inputs at each point, inputs and targets alike.
+    Layouts: one array a field (samples, time, space): the first tenth is the test set. One group a sample, (time, space,
+    channels): the last tenth.
+    """
+    import h5py
+
+    path = locate(data_dir, file)
+
+    def snapshot(h5, array, time, channel=None):
+        if channel is None:
+            if array not in h5:
+                raise UserError(f"{path} has the arrays {sorted(h5)}; expected {array}.")
+            source, rows = h5[array], range(0, len(h5[array]), 256)
+            if time is not None and source.shape[1] <= time:
+                raise UserError(f"{path}: {array} has {source.shape[1]} snapshots; expected more than {time}.")
+            field = np.concatenate([source[i : i + 256] if time is None else source[i : i + 256, time] for i in rows])
+        else:
+            field = np.stack([h5[group][array][time, ..., channel] for group in sorted(h5)])
+        space = (slice(None, None, every),) * (field.ndim - 1)
+        return np.float32(field[:, *space])
+
+    def parts(n):
+        tenth = n // 10
+        return (slice(-tenth, None), slice(-tenth)) if len(x[0]) == 3 else (slice(tenth), slice(tenth, None))
+
+    def make():
+        with reading(path, "HDF5 file"), h5py.File(path) as h5:
+            both = [np.concatenate([snapshot(h5, *f) for f in fields], axis=-1) for fields in (x, y)]
+            if y_test:
+                test, _ = parts(len(both[1]))
+                both[1][test] = np.concatenate([snapshot(h5, *f) for f in y_test], axis=-1)[test]
+            return both
+
+    x_all, y_all = kept_of_file(cache, Path(file).stem + "-released" * bool(y_test), path, make)
+    if len(x_all) < 10:
+        raise UserError(f"{path} has {len(x_all)} samples; ten are needed for a training and a test set.")
+    test, train = parts(len(x_all))
+    train, test, changes = pde_fields((x_all[train], y_all[train]), (x_all[test], y_all[test]), normalise)
+    return train, test, "official", changes
+
+
+def pde_fields(train, test, normalise=False):
+    """Raw fields (n, L) or (n, H, W) -> x (n, 1, ...), y (n, 1, L) or (n, H, W) of training and test set; no changes."""
+    if normalise:
+        mean, std = train[0].mean(0), train[0].std(0, ddof=1) + 1e-5
+        train, test = (tuple((part - mean) / std for part in split) for split in (train, test))
+    train, test = ((x[:, None], y[:, None] if y.ndim == 2 else y) for x, y in (train, test))
+    return train, test, {}
+
+
+TRAIN, TEST, TOKENS = 1000, 200, 64  # simulated at the tiny scale: samples for training and test, tokens of 1D fields, at most
+
+
+def simulate(name, finish, cache, scale, n_train, as_released, device, tokens=512):
+    """Training and test set of a PDE task, solved by pde.py and kept under `cache` as two float32 arrays each.
+
+    Full scale: as many solutions as the official files have. Tiny: a coarser grid (the task's shape changes), at most 1000 for
+    training and validation and 200 for test; if n_train asks for fewer, only as many are solved, and no more for test.
+
+    Args:
+        name: of pde.SETS.
+        finish: raw fields -> prepared ones and what of the task they change; the same as for the official files.
+        tokens: 1D: the task's; the tiny scale cuts its shorter sequences into fewer.
+    Returns: as a task's `read`. A run that is killed meanwhile loses the set it was at.
+    """
+    from tqdm import tqdm
+
+    from tasks import pde
+
+    of = pde.SETS[name]
+    counts, n, every = dict(zip(("train", "test"), of.samples, strict=True)), of.n, of.every
+    if scale == "tiny":
+        n, every = of.tiny, 1
+        train = min(TRAIN, counts["train"], n_train + n_train // 9 + 1 if n_train else TRAIN)
+        counts = {"train": train, "test": min(TEST, counts["test"], train)}
+
+    def make(split):
+        pieces, bar = [], tqdm(total=counts[split], desc=f"{name}, {split}", unit="solution", leave=False)
+        for piece in pde.simulate(name, counts[split], n, every, split == "test", as_released, device):
+            pieces.append(piece)
+            bar.update(len(piece[0]))
+        bar.close()
+        return [np.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
+
+    splits = []
+    for split, count in counts.items():
+        key = f"{name}-{split}-{count}-of-{n}-cells{'-released' * as_released}-v{pde.VERSION}"
+        what = f"solving {name}: {count:,} samples on {n} cells for {split}"
+        splits.append(kept(cache, key, what, functools.partial(make, split)))
+    train, test, changes = finish(*splits)
+    changes |= {"shape": train[0].shape[1:], "output": train[1].shape[1:]}
+    if scale == "tiny":
+        changes["tokens"] = min(tokens, TOKENS)
+    return train, test, "simulated", changes

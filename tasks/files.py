@@ -1,0 +1,349 @@
+"""Files: downloading them, and reading what cannot be trusted. A damaged file ends with a UserError that names it."""
+
+import contextlib
+import errno
+import gzip
+import hashlib
+import http.client
+import os
+import pickle
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cli import Missing, UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Download:
+    url: str
+    md5: str | None  # None where nobody published one
+    megabytes: int
+    gives: tuple[str, ...]  # what lies in the data folder once it is there: all of these glob patterns
+    name: str | None = None  # where it goes in the data folder, if not to the address's last part
+    by_hand: str = ""  # another way to get it
+    unpack: bool = False  # a zip that is read as a folder
+
+
+NAS, DARUS = "https://pde-xd.s3.amazonaws.com", "https://darus.uni-stuttgart.de/api/access/datafile"
+NAS_DRIVE = "NAS-Bench-360's Google Drive, https://drive.google.com/drive/folders/1OOp6UrCiP79mTIkCrUdjjHWDo8K0bJUw"
+NINAPRO = {"ninapro_train": "d4c33785587983348e6091e86a0d30b6", "label_train": "4164e7fcae3f8abed0a04fd86b704f77",
+           "ninapro_val": "138b106d4374a3fc204e41f6c4deda49", "label_val": "f0464819f7ed56cb1cbbfafd312bd604",
+           "ninapro_test": "8a2b2cf87d5a5cf3986db2d67ebcfa18", "label_test": "807b502000dba69ae0111063970ac5d2"}  # fmt: skip
+
+
+def nas(path, megabytes, *gives, md5=None, name=None, unpack=False):
+    """A file of NAS-Bench-360, whose public bucket may no longer answer."""
+    name = name or path.rsplit("/", 1)[-1]
+    return Download(f"{NAS}/{path}", md5, megabytes, gives or (f"**/{Path(name).name}",), name, NAS_DRIVE, unpack)
+
+
+def darus(number, md5, megabytes, name):
+    """A file of PDEBench, doi:10.18419/darus-2986."""
+    return Download(f"{DARUS}/{number}", md5, megabytes, (f"**/{name}",), name)
+
+
+DOWNLOADS = {
+    "s2_cifar100": Download("https://pde-xd.s3.amazonaws.com/spherical/s2_cifar100.gz", None, 272, ("s2_cifar100.gz",)),
+    "cifar100": Download("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+                         161, ("cifar-100-python/train", "cifar-100-python/test")),
+    "darcy_train": nas("piececonst_r421_N1024_smooth1.mat", 1600),
+    "darcy_test": nas("piececonst_r421_N1024_smooth2.mat", 1600),
+    "protein": nas("protein.zip", 1100, "**/deepcov.lst", "**/psicov.lst", unpack=True),
+    "cosmic_train": nas("cosmic/deepCR.ACS-WFC.train.tar", 6500, "**/npy_train"),
+    "cosmic_test": nas("cosmic/deepCR.ACS-WFC.test.tar", 2000, "**/npy_test"),
+    **{key: nas(f"ninapro/{key}.npy", 10, md5=md5, name=f"ninapro/{key}.npy") for key, md5 in NINAPRO.items()},
+    "audio": nas("audio/audio.zip", 24000, "**/chunks/tr.csv", "**/chunks/eval.csv", unpack=True),
+    "ecg": nas("ECG/challenge2017.pkl", 150),
+    "satellite_train": nas("satellite/satellite_train.npy", 322, name="satellite/satellite_train.npy"),
+    "satellite_test": nas("satellite/satellite_test.npy", 35, name="satellite/satellite_test.npy"),
+    "deepsea": nas("deepsea/deepsea_filtered.npz", 860),
+    # advection and Burgers: the files as corrected in 2023. ORCA (February 2023) used the earlier ones, 133110 and 133142,
+    # whose waves move twice as fast
+    "advection1d": darus(255674, "d595bbfd2c659df995a93cd40d6ea568", 8200, "1D_Advection_Sols_beta0.4.hdf5"),
+    "burgers1d": darus(281365, "9021eba35332d127306f11ef84c1a60f", 8200, "1D_Burgers_Sols_Nu1.0.hdf5"),
+    "diffusion_reaction1d": darus(133177, "69a429239778d529cd419ed5888ea835", 4100, "ReacDiff_Nu0.5_Rho1.0.hdf5"),
+    "diffusion_sorption1d": darus(133020, "9d466d1213065619d087319e16d9a938", 4100, "1D_diff-sorp_NA_NA.h5"),
+    "navier_stokes1d": darus(164668, "45655bd77d006ab539c52b7fbcf099b9", 12400,
+                             "1D_CFD_Rand_Eta0.1_Zeta0.1_periodic_Train.hdf5"),
+    "darcy2d": darus(133218, "294f9a03a4aa16b0e386469ca8b471be", 1300, "2D_DarcyFlow_beta0.1_Train.hdf5"),
+    "shallow_water2d": darus(133021, "75d838c47aa410694bdc912ea7f22282", 6600, "2D_rdb_NA_NA.h5"),
+    "diffusion_reaction2d": darus(133017, "b8d0b86064193195ddc30c33be5dc949", 13200, "2D_diff-react_NA_NA.h5"),
+    "cifar10": Download("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
+                        163, ("cifar-10-batches-py/data_batch_*", "cifar-10-batches-py/test_batch")),
+    "tiny_imagenet": Download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
+                              237, ("tiny-imagenet-200*",)),
+    "voc": Download("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+                    "6cd6e144f989b92b3379bac3b3de84fd", 2000, ("**/VOC2012/ImageSets/Segmentation/train.txt",)),
+    "conll2003": Download("https://data.deepai.org/conll2003.zip", None, 1, ("**/conll2003/train.txt",),
+                          name="conll2003/conll2003.zip", by_hand="any copy of train.txt or eng.train", unpack=True),
+    "conll2000": Download("https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/packages/corpora/conll2000.zip", None, 1,
+                          ("**/conll2000/train.txt",), by_hand="NLTK's corpora/conll2000.zip", unpack=True),
+}  # fmt: skip
+
+
+DEPTH = 3  # where files are looked for: in the data folder itself, in its folders, and in theirs
+
+
+def present(download, data_dir):
+    """Is all that the download gives in the folder? Patterns that begin with **/ look as deep as `locate`."""
+    file = Path(data_dir) / (download.name or download.url.rsplit("/", 1)[1])
+    if (download.unpack or file.name.endswith((".tar", ".tar.gz"))) and file.exists():
+        return False  # an archive goes when all of it is unpacked
+
+    def found(pattern):
+        deep = [f"{'*/' * depth}{pattern[3:]}" for depth in range(DEPTH)] if pattern.startswith("**/") else [pattern]
+        return any(p.suffix != ".part" for d in deep for p in Path(data_dir).glob(d))
+
+    return all(found(pattern) for pattern in download.gives)
+
+
+def fetch(download, data_dir):
+    """Fetch one file into `data_dir` and unpack it there if it is an archive; a broken download goes on where it stopped.
+
+    Raises UserError when the server does not answer, sends too little, or sends something else than the checksum says.
+    """
+    data_dir = Path(data_dir)
+    path = data_dir / (download.name or download.url.rsplit("/", 1)[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    by_hand = f" ({download.by_hand})" * bool(download.by_hand)
+    part = path.with_name(path.name + ".part")
+    if not path.exists():
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(download.url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                resumed = answer.status == 206
+                total = int(answer.headers.get("Content-Length", 0)) + have * resumed
+                with (
+                    part.open("ab" if resumed else "wb") as file,
+                    tqdm(desc=path.name, total=total or None, initial=have * resumed, unit="B", unit_scale=True) as bar,
+                ):
+                    while block := answer.read(1 << 20):
+                        file.write(block)
+                        bar.update(len(block))
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # 416: nothing is missing
+                raise UserError(
+                    f"{download.url} answers {error.code}.\nFetch it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+                ) from error
+            total = have
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{download.url} cannot be reached ({error}).\n"
+                f"Try again later, or fetch it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+            ) from error
+        if part.stat().st_size < total:
+            raise UserError(
+                f"{download.url} stopped after {part.stat().st_size:,} of {total:,} bytes.\n"
+                "The same command goes on from there."
+            )
+        if download.md5:
+            with part.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            if md5 != download.md5:
+                part.unlink()
+                raise UserError(f"{download.url} came with checksum {md5}, not {download.md5}.\nIt was removed; try again.")
+        part.rename(path)
+    if download.unpack or path.name.endswith((".tar.gz", ".tar")):
+        try:
+            if download.unpack:
+                with zipfile.ZipFile(path) as archive:
+                    archive.extractall(path.parent)
+            else:
+                with tarfile.open(path) as archive:
+                    archive.extractall(data_dir, filter="data")
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is not a whole archive ({error}).\nRemove it and fetch it again.") from error
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Lazy:
+    """Samples that stay in their files until they are asked for: `read(rows, u)` gives an array (B, ...).
+
+    `u` are the uniform draws (B, draws) of a training batch, or None. `groups` (n,) tells which samples belong together (cut
+    from one record), so that they are not parted between training and validation.
+    """
+
+    def __init__(self, n, read, groups=None, rows=None):
+        self.rows, self.groups, self._read = np.arange(n) if rows is None else rows, groups, read
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return Lazy(None, self._read, self.groups if self.groups is None else self.groups[index], self.rows[index])
+
+    def read(self, index, u=None):
+        return self._read(self.rows[index], u)
+
+
+def of_files(read, paths):
+    """Samples that lie each in a file of their own, read by `read`."""
+    return Lazy(len(paths), lambda rows, u: np.stack([read(paths[row]) for row in rows]))
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever goes wrong while a file is read becomes a UserError that names it: a damaged file can raise anything."""
+    try:
+        yield
+    except (UserError, MemoryError, PermissionError):  # no fault of the file
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # unpacking to a full disk is no fault of the file
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable {what} ({reason}).\nRemove it and fetch it again.") from error
+
+
+def locate(data_dir, name):
+    """The file or folder `name` in data_dir, at most two folders deep. Raises Missing."""
+    for depth in range(DEPTH):
+        if found := sorted(Path(data_dir).glob("*/" * depth + name)):
+            return found[0]
+    raise Missing(f"no {name} in {data_dir}.")
+
+
+def beside(path, name):
+    """The file `name` in the folder of `path`. Raises Missing."""
+    if not (path := path.with_name(name)).exists():
+        raise Missing(f"no {path.name} in {path.parent}.")
+    return path
+
+
+def save_array(path, array):
+    """Write an .npy file under its final name only when it is whole: another run may be doing the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    with unfinished.open("wb") as file:
+        np.save(file, array)
+    unfinished.replace(path)
+
+
+def kept(cache, name, what, make):
+    """The two arrays of `make()`, which takes long, kept under `cache`: it runs once, and says `what` it does. Mapped."""
+    paths = [cache / f"{name}-{part}.npy" for part in ("x", "y")]
+    if not all(path.exists() for path in paths):
+        print(f"{what}, once; kept in {cache}")
+        for path, array in zip(paths, make(), strict=True):
+            save_array(path, array)
+    return tuple(np.load(path, mmap_mode="r") for path in paths)
+
+
+def kept_of_file(cache, name, file, make):
+    """The two arrays that `make()` reads from a large `file`, kept: it is gone through once, and again if it has changed."""
+    key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    return kept(cache, f"{name}-{key}", f"reading what is needed of {file}", make)
+
+
+def read_npy(path, shape=None):
+    """The array in an .npy file. Raises UserError if it is damaged, or not shaped as `shape` says (None: any number)."""
+    with reading(path, ".npy file"):
+        array = np.load(path, allow_pickle=False)
+    return check_shape(path, array, shape or (None,) * array.ndim)
+
+
+def check_shape(path, array, shape):
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
+        raise UserError(f"{path} holds {array.shape}; expected ({', '.join(str(s or 'n') for s in shape)}).")
+    return array
+
+
+def check_labels(path, labels, n, classes):
+    """Labels as (n,) int64. Raises UserError if there are not n of them, or one is not in 0..classes - 1."""
+    labels = np.asarray(labels).reshape(-1)
+    if len(labels) != n or n == 0:
+        raise UserError(f"{path}: {len(labels)} labels for {n} samples.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path}: labels {labels.min()} to {labels.max()}; expected 0 to {classes - 1}.")
+    return labels.astype(np.int64)
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Opens pickles of numpy arrays and plain Python values; refuses everything else, since a pickle can run code."""
+
+    allowed = {f.__name__: f for f in (np.ndarray, np.dtype, np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0],
+                                       np.float64(0).__reduce__()[0])}  # fmt: skip
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.allowed:
+            return self.allowed[name]
+        if (module, name) == ("_codecs", "encode"):  # how Python 2 wrote bytes
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+
+
+def unpickle(path):
+    """What a (gzipped) pickle holds, or an .npy file with a pickle inside; the keys of a dictionary become str.
+
+    Raises UserError if it is truncated, damaged or unsafe.
+    """
+    with reading(path, "pickle of arrays"):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                file.seek(0)
+                npy_header(file)
+            else:
+                file.seek(0)
+            content = ArraysOnly(file, encoding="bytes").load()
+        if isinstance(content, np.ndarray):  # 0-d: one object
+            content = content.item() if content.ndim == 0 else list(content)
+        if isinstance(content, dict):
+            content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+    return content
+
+
+def npy_header(file):
+    """(shape, is it Fortran's order, dtype) of the .npy content that begins here; the file is left where the data begin."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return readers[np.lib.format.read_magic(file)](file)
+
+
+def unpickle_entries(path, *names):
+    """These entries of the dictionary in a pickle. Raises UserError if there is no such entry."""
+    content = unpickle(path)
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        have = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} has the entries {have}; expected {' and '.join(map(repr, names))}.")
+    return [content[name] for name in names]
+
+
+def map_npz(path, name, cache):
+    """One array of an .npz file, mapped: read only where it is asked for. A compressed one is unpacked to `cache` once."""
+    with reading(path, ".npz file"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        info = archive.getinfo(f"{name}.npy")
+        if info.compress_type == zipfile.ZIP_STORED:
+            file.seek(info.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")  # of the name and of the extra field, which the data follow
+            file.seek(info.header_offset + 30 + int(lengths.sum()))
+            shape, fortran, dtype = npy_header(file)
+            return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        unpacked = cache / f"{path.stem}-{name}-{info.CRC:08x}.npy"
+        if not unpacked.exists():
+            print(f"unpacking {name} of {path.name}, once: {unpacked}")
+            cache.mkdir(parents=True, exist_ok=True)
+            unfinished = unpacked.with_suffix(f".{os.getpid()}.part")
+            with archive.open(info) as packed, unfinished.open("wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+            unfinished.replace(unpacked)
+        return np.load(unpacked, mmap_mode="r")

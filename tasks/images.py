@@ -1,0 +1,244 @@
+"""Images: CIFAR, Tiny-ImageNet, VOC, and CIFAR-100 projected onto the sphere; how images are augmented.
+
+A reader of a task takes (data_dir, cache) and returns (x, y) of training, (x, y) of test and the kind of data; a reader of a
+source takes (data_dir, n, seed) and returns x, y. Shapes: n samples, B batch, C channels, H W sizes, 2b x 2b the sphere's grid.
+torch is imported where it is used, so that `python data.py` answers at once; so in all rooms but pde.py.
+"""
+
+import hashlib
+import zipfile
+import zlib
+
+import numpy as np
+
+from cli import Missing, UserError
+from tasks.files import check_labels, locate, reading, save_array, unpickle, unpickle_entries
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images with a class
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_images(path, images, labels, shape, classes):
+    """The two arrays as (n, C, H, W) uint8 and (n,) int64. Raises UserError where they are not what the task says."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.size != len(labels) * np.prod(shape) or len(labels) == 0:
+        raise UserError(f"{path}: {images.dtype} images {images.shape} for {len(labels)} labels; expected uint8 (n, {shape}).")
+    return images.reshape(-1, *shape), check_labels(path, labels, len(labels), classes)
+
+
+def read_cifar(folder, names, label, classes):
+    """Images (n, 3, 32, 32) uint8 and labels (n,) from the official pickles `names` of `folder`, those that are there."""
+    paths = [folder / name for name in names if (folder / name).exists()]
+    if not paths:
+        raise Missing(f"no {' or '.join(names[:2])} in {folder}.")
+    parts = []
+    for path in paths:
+        content = unpickle(path)
+        if "data" not in content or label not in content:
+            raise UserError(f"{path} has the entries {sorted(content)}; expected 'data' and '{label}'.")
+        parts.append(check_images(path, content["data"], content[label], (3, 32, 32), classes))
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+
+def read_cifar100(data_dir, cache):
+    folder = data_dir / "cifar-100-python"
+    return *(read_cifar(folder, [name], "fine_labels", 100) for name in ("train", "test")), "official"
+
+
+def read_cifar10(data_dir, n=None, seed=0):
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    return subset(*read_cifar(data_dir / "cifar-10-batches-py", names, "labels", 10), n, seed)
+
+
+def subset(x, y, n, seed):
+    """n of the samples, drawn at random; all of them for None, or if there are no more."""
+    index = np.sort(np.random.default_rng(seed).permutation(len(y))[:n])
+    return x[index], y[index]
+
+
+def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
+    """Tiny-ImageNet from the folder tiny-imagenet-200/ or from tiny-imagenet-200*.zip, decoding only the images asked for.
+
+    Args:
+        split: "train" or "val" (the 10,000 images the literature tests on).
+        n: this many images, drawn at random with `seed`; None: all.
+    Returns: images (n, 3, 64, 64) uint8, labels (n,) int64 in 0..199, the classes in the order of their WordNet ids.
+    """
+    from PIL import Image
+
+    open_file = {}  # name inside tiny-imagenet-200/ -> function that opens it
+    root = data_dir / "tiny-imagenet-200"
+    archives = sorted(data_dir.glob("tiny-imagenet-200*.zip"))
+    if root.is_dir():
+        open_file = {p.relative_to(root).as_posix(): p.open for p in root.rglob("*") if p.suffix in (".JPEG", ".txt")}
+    else:
+        for path in archives:
+            try:
+                archive = zipfile.ZipFile(path)
+            except zipfile.BadZipFile as error:
+                raise UserError(f"{path} is not a whole zip file ({error}).\nRemove it and fetch it again.") from error
+            for name in archive.namelist():
+                open_file[name.removeprefix("tiny-imagenet-200/")] = lambda mode, a=archive, name=name: a.open(name)
+
+    images = sorted(name for name in open_file if name.startswith(f"{split}/") and name.endswith(".JPEG"))
+    if not images:
+        raise Missing(f"no images in {root} or {data_dir}/tiny-imagenet-200*.zip.")
+    if split == "train":  # train/n01443537/images/n01443537_0.JPEG
+        label_of = {name: name.split("/")[1] for name in images}
+    else:  # val_annotations.txt: val_0.JPEG <tab> n03444034 <tab> box
+        if "val/val_annotations.txt" not in open_file:
+            raise Missing(f"no val/val_annotations.txt in {root} or {data_dir}/tiny-imagenet-200*.zip.")
+        with open_file["val/val_annotations.txt"]("rb") as file:
+            rows = (line.decode().split("\t") for line in file)
+            label_of = {f"val/images/{row[0]}": row[1] for row in rows}
+    classes = sorted({name.split("/")[1] for name in open_file if name.startswith("train/") and name.endswith(".JPEG")})
+    if n is not None and n < len(images):
+        images = [images[i] for i in np.random.default_rng(seed).choice(len(images), n, replace=False)]
+    x = np.empty((len(images), 64, 64, 3), np.uint8)
+    for i, name in enumerate(images):
+        try:
+            with open_file[name]("rb") as file:
+                x[i] = np.asarray(Image.open(file).convert("RGB"))
+        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise UserError(f"{name} of Tiny-ImageNet in {data_dir} is not a 64 x 64 picture ({error}).") from error
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = {label_of.get(name) for name in images} - number.keys()
+    if unknown:
+        raise UserError(f"Tiny-ImageNet in {data_dir} is in part: {sorted(map(str, unknown))[:3]} have no training images.")
+    y = np.array([number[label_of[name]] for name in images])
+    return x.transpose(0, 3, 1, 2), y
+
+
+def read_voc(data_dir, n, seed):
+    """PASCAL VOC 2012: pictures (n, 3, 224, 224) uint8; y (n, 128, 128) 1 where an object is, 0 background, NaN border.
+
+    From VOC2012/ImageSets/Segmentation/train.txt, 1,464 names; the folders JPEGImages and SegmentationClass.
+    """
+    from PIL import Image
+
+    listing = locate(data_dir, "VOC2012/ImageSets/Segmentation/train.txt")
+    names, root = listing.read_text().split(), listing.parents[2]
+    names = [names[i] for i in np.sort(np.random.default_rng(seed).permutation(len(names))[:n])]
+    if not names:
+        raise UserError(f"{listing} is empty.")
+    x, y = np.empty((len(names), 3, 224, 224), np.uint8), np.empty((len(names), 128, 128), np.float32)
+    for i, name in enumerate(names):
+        picture, mask = root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png"
+        for path in (picture, mask):
+            if not path.exists():
+                raise Missing(f"no {path}.")
+        with reading(picture, "picture"):
+            x[i] = np.asarray(Image.open(picture).convert("RGB").resize((224, 224), Image.BILINEAR)).transpose(2, 0, 1)
+        with reading(mask, "palette picture"):
+            classes = np.asarray(Image.open(mask).resize((128, 128), Image.NEAREST))  # (128, 128) 0 background, 255 border
+            y[i] = np.where(classes == 255, np.nan, classes > 0)
+    return x, y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spherical images: CIFAR-100 seen from the sphere (NAS-Bench-360's generator, s2cnn's gendata.py, restated)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_rotations(n, seed):
+    """n random rotation matrices (n, 3, 3), uniform over rotations (Arvo 1992): M = (V V^T - I) R_z(2 pi r1)."""
+    r1, r2, r3 = np.random.default_rng(seed).random((3, n))
+    alpha, phi, zeta = 2 * np.pi * r1, 2 * np.pi * r2, 2 * r3
+    zero, one = np.zeros(n), np.ones(n)
+    rotation = np.array([[np.cos(alpha), np.sin(alpha), zero], [-np.sin(alpha), np.cos(alpha), zero], [zero, zero, one]])
+    v = np.array([np.sin(phi) * np.sqrt(zeta), np.cos(phi) * np.sqrt(zeta), np.sqrt(2 - zeta)])  # (3, n), |v|^2 = 2
+    return np.einsum("ikn,kjn->nij", v[:, None] * v[None] - np.eye(3)[:, :, None], rotation)
+
+
+def sphere_grid(b):
+    """Driscoll-Healy grid of bandwidth b: unit vectors (2b, 2b, 3); rows are colatitudes pi j / 2b, columns longitudes."""
+    theta, phi = np.meshgrid(np.pi * np.arange(2 * b) / (2 * b), np.pi * np.arange(2 * b) / b, indexing="ij")
+    return np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], axis=-1)
+
+
+def project_to_sphere(images, rotations, b=30):
+    """Stereographic projection of flat pictures onto a rotated sphere.
+
+    The sphere rests on the picture's plane and is lit from just above its north pole, so a point (x, y, z) of the
+    sphere shows the plane's point q = s / (s - 1 - z) (x, y), s = 2.001. The picture fills |q| <= 1.5, x along its rows;
+    outside of it is black. Values are interpolated bilinearly (the official script uses the pixels at -1 and +1 instead of
+    0 and +1 and repairs the brightness afterwards).
+
+    Args:
+        images: (n, C, H, W) uint8.
+        rotations: (n, 3, 3), one for each picture (the official script: one for 500 pictures).
+    Returns: (n, C, 2b, 2b) uint8. About 0.1 ms a picture on two CPU cores.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    grid, out = torch.tensor(sphere_grid(b), dtype=torch.float32), []
+    for i in range(0, len(images), 500):
+        x = torch.from_numpy(np.ascontiguousarray(images[i : i + 500])).float()  # (500, C, H, W)
+        rotation = torch.tensor(rotations[i : i + 500], dtype=torch.float32)
+        points = torch.einsum("nij,hwj->nhwi", rotation, grid)  # (500, 2b, 2b, 3)
+        q = points[..., :2] * (2.001 / (2.001 - 1 - points[..., 2:]))  # (500, 2b, 2b, 2)
+        where = q.flip(-1) / 1.5  # grid_sample wants (column, row) in [-1, 1]; x is the row
+        out.append(F.grid_sample(x, where, padding_mode="zeros", align_corners=False).round().to(torch.uint8).numpy())
+    return np.concatenate(out)
+
+
+def read_spherical(data_dir, cache):
+    """The official file if it is there, else our projection of CIFAR-100, kept under `cache` (10.8 kB an image)."""
+    path, splits = data_dir / "s2_cifar100.gz", []
+    if path.exists():
+        for name, content in zip(("train", "test"), unpickle_entries(path, "train", "test"), strict=True):
+            part = {k.decode() if isinstance(k, bytes) else k: v for k, v in dict(content).items()}
+            if not {"images", "labels"} <= part.keys():
+                raise UserError(f"{path} has no images and labels under '{name}'.")
+            splits.append(check_images(path, part["images"], part["labels"], (3, 60, 60), 100))
+        return *splits, "official"
+    for name, (x, y) in zip(("train", "test"), read_cifar100(data_dir, cache)[:2], strict=True):
+        key = hashlib.sha256(x.tobytes()).hexdigest()[:12]
+        path = cache / f"spherical-{name}-{key}.npy"
+        if not path.exists():
+            print(f"projecting {len(x):,} CIFAR-100 {name} images onto the sphere, once: {path}")
+            sphere = project_to_sphere(x, random_rotations(len(x), seed=("train", "test").index(name)))
+            save_array(path, sphere)
+        splits.append((np.load(path, mmap_mode="r"), y))
+    return *splits, "simulated"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation: functions of a batch and of uniform draws, the same on every device and for any number of processes.
+# Without draws (validation, test) they only do what every sample needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def crop_and_flip(x, u, padding=4):
+    """Random crop after zero padding, and horizontal flip. x (B, C, H, W) float in [0, 1], u (B, 5) in [0, 1) or None."""
+    import torch
+
+    if u is None:
+        return x
+
+    B, C, H, W = x.shape
+    padded = torch.nn.functional.pad(x, (padding,) * 4)  # (B, C, H + 2p, W + 2p)
+    shift = (u[:, :2] * (2 * padding + 1)).long()  # 0..2p
+    rows = shift[:, :1] + torch.arange(H, device=x.device)  # (B, H)
+    columns = shift[:, 1:2] + torch.arange(W, device=x.device)  # (B, W)
+    columns = torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))
+    return padded[torch.arange(B, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def resized_crop_and_flip(x, u, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A box of random area and aspect ratio, enlarged to the whole picture, and horizontal flip (Inception's crop)."""
+    import torch
+    import torch.nn.functional as F
+
+    if u is None:
+        return x
+    area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
+    aspect = torch.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 1])  # width / height
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # shares of the picture
+    flip = torch.where(u[:, 4] < 0.5, 1.0, -1.0)
+    theta = torch.zeros(len(x), 2, 3, device=x.device)
+    theta[:, 0, 0], theta[:, 0, 2] = width * flip, (2 * u[:, 2] - 1) * (1 - width)
+    theta[:, 1, 1], theta[:, 1, 2] = height, (2 * u[:, 3] - 1) * (1 - height)
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)

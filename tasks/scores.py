@@ -1,0 +1,170 @@
+"""Losses and metrics. Shapes: B samples of a batch, n of a whole split, K classes or labels, H W sizes."""
+
+import numpy as np
+
+from cli import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses: of a batch, in fp32, the mean over its samples (some official codes sum: darcy)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+CONSTANTS = {}  # (id of values, device) -> values, tensor
+
+
+def constant(values, device):
+    """`values` as an fp32 tensor on the device, sent there once: a copy in every step would make the host wait each time."""
+    import torch
+
+    key = id(values), str(device)
+    if key not in CONSTANTS:  # values are kept, so that nothing else gets their id
+        CONSTANTS[key] = values, torch.as_tensor(values, dtype=torch.float32, device=device)
+    return CONSTANTS[key][1]
+
+
+def cross_entropy(out, y, weights=None):
+    """- log softmax(out)_y, with `weights` the mean weighted by class. out (B, K), y (B,) -> scalar"""
+    import torch
+
+    weights = None if weights is None else constant(weights, out.device)
+    return torch.nn.functional.cross_entropy(out.float(), y, weights)
+
+
+def presence(out, y, positive=1.0):
+    """Binary cross-entropy, - positive y log p - (1 - y) log (1 - p), mean over all. out (B, K), y (B, K or more) -> scalar"""
+    import torch
+
+    weight = constant(positive, out.device)
+    return torch.nn.functional.binary_cross_entropy_with_logits(out.float(), y[:, : out.shape[1]], pos_weight=weight)
+
+
+def mask_loss(out, y):
+    """Binary cross-entropy, the mean over the pixels that count (y not NaN). out (B, H, W), y (B, any, any) -> scalar
+
+    A mask of another size is brought to that of the prediction (nearest pixel).
+    """
+    import torch
+
+    y = torch.nn.functional.interpolate(y[:, None], out.shape[-2:])[:, 0]  # (B, H, W)
+    counts = ~y.isnan()
+    each = torch.nn.functional.binary_cross_entropy_with_logits(out.float(), y.nan_to_num(), reduction="none")
+    return (each * counts).sum() / counts.sum().clamp(min=1)
+
+
+def rmse(out, y):
+    """sqrt(mean (out - y)^2) of each sample, then the mean. out, y (B, ...) -> scalar"""
+    return (out.float() - y).flatten(1).square().mean(1).sqrt().mean()
+
+
+def nrmse(out, y):
+    """sqrt(mean (out - y)^2) / sqrt(mean y^2) of each sample, then the mean. out, y (B, ...) -> scalar"""
+    error, size = ((v.flatten(1).square().mean(1)).sqrt() for v in (out.float() - y, y))
+    return (error / size).mean()
+
+
+def relative_l2(out, y, mean=0.0, std=1.0):
+    """|std out + mean - y|_2 / |y|_2 of each sample, then the mean. out, y (B, H, W), mean, std (H, W) -> scalar"""
+    mean, std = (constant(v, out.device) for v in (mean, std))
+    return nrmse(out.float() * std + mean, y)  # the same quotient: both norms divided by sqrt(H W)
+
+
+def squared(out, y):
+    """mean (out - y)^2. out, y (B, ...) -> scalar"""
+    return (out.float() - y).square().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: errors, lower is better, of numpy arrays of all samples at once (the official codes average chunks of about 1000)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def zero_one(out, y):
+    """Share of wrong answers. out (n, K), y (n,)"""
+    from sklearn.metrics import zero_one_loss
+
+    return float(zero_one_loss(y, out.argmax(1)))
+
+
+def macro_f1_error(out, y):
+    """1 - mean over the classes that occur, in y or among the answers, of 2 TP / (2 TP + FP + FN). out (n, K), y (n,)"""
+    from sklearn.metrics import f1_score
+
+    return 1 - float(f1_score(y, out.argmax(1), average="macro", zero_division=0))
+
+
+def auroc_error(out, y):
+    """1 - area under the ROC curve of softmax(out); more than two classes: the mean over pairs. out (n, K), y (n,)
+
+    0.5 if there is only one class in y.
+    """
+    from scipy.special import softmax
+    from sklearn.metrics import roc_auc_score
+
+    if len(np.unique(y)) < 2:
+        return 0.5
+    p = softmax(out.astype(np.float64), axis=1)
+    if out.shape[1] == 2:
+        return 1 - float(roc_auc_score(y, p[:, 1]))
+    return 1 - float(roc_auc_score(y, p, multi_class="ovo", labels=np.arange(out.shape[1])))
+
+
+def label_auroc_error(out, y):
+    """1 - mean over the labels, those that are neither always nor never there, of the area under the ROC curve. (n, K) both"""
+    from sklearn.metrics import roc_auc_score
+
+    both = [k for k in range(y.shape[1]) if 0 < y[:, k].sum() < len(y)]
+    return 1 - float(np.mean([roc_auc_score(y[:, k], out[:, k]) for k in both])) if both else 0.5
+
+
+def clip_map_error(out, y):
+    """1 - mean over the labels that occur of the average precision. out (n, K) logits, y (n, K) 0 or 1.
+
+    If y has a column more, it is the number of the clip that a chunk is cut from: logits are averaged over its chunks first.
+    """
+    from sklearn.metrics import average_precision_score
+
+    K = out.shape[1]
+    if y.shape[1] > K:
+        _, first, clip = np.unique(y[:, K], return_index=True, return_inverse=True)
+        total = np.zeros((len(first), K))
+        np.add.at(total, clip, out)
+        out, y = total / np.bincount(clip)[:, None], y[first, :K]  # (clips, K)
+    some = [k for k in range(K) if y[:, k].any()]
+    return 1 - float(np.mean([average_precision_score(y[:, k], out[:, k]) for k in some])) if some else 1.0
+
+
+def balanced_error(out, y):
+    """1 - (TP / (TP + FN) + TN / (TN + FP)) / 2 over the pixels that count. out (n, H, W) logits, y 0, 1 or NaN.
+
+    The benchmark calls it 1 - AUROC: it takes the area under the curve of answers that are already cut at logit 0.
+    """
+    hit = out > 0
+    true_positive, true_negative = hit[y == 1].mean() if (y == 1).any() else 1.0, (~hit[y == 0]).mean()
+    return 1 - float(true_positive + true_negative) / 2
+
+
+def protein_mae(out, y):
+    """MAE_8 in Angstrom: mean |y - P| over pairs 24 or more residues apart, truly at most 8 A, then over proteins.
+
+    P = (out + out^T) / 2, at least 0.01; upper triangle; proteins without such a pair are left out. out, y (n, 512, 512)
+    """
+    far = np.triu(np.ones(y.shape[1:], bool), k=24)
+    errors = []
+    for p, d in zip(out, y, strict=True):
+        close = far & (d <= 8)
+        if close.any():
+            errors.append(np.abs(d - ((p + p.T) / 2).clip(0.01))[close].mean())
+    if not errors:
+        raise UserError("no two residues 24 or more apart are within 8 Angstrom in any protein: there is nothing to score.")
+    return float(np.mean(errors))
+
+
+def score_of(loss):
+    """The metric that is the same formula as a loss, on numpy arrays."""
+
+    def score(out, y):
+        import torch
+
+        return float(loss(torch.from_numpy(out), torch.from_numpy(y)))
+
+    return score

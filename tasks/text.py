@@ -1,0 +1,65 @@
+"""Text: CoNLL-2003 and CoNLL-2000, the sources of 1D tasks."""
+
+import zipfile
+from collections import Counter
+
+import numpy as np
+
+from cli import Missing, UserError
+from tasks.files import locate, reading
+
+WORDS = 32  # in a sequence of the text sources
+
+
+def read_conll(data_dir, n, seed, files, relative=False):
+    """Running text in pieces of 32 words, [[str]], and a label for each (n,): the type that most of its words have, 0 if none.
+
+    Columns: the word first, its tag last (B-PER, I-PER, O; empty lines part sentences). Types of fewer than 100 chunks count as
+    none. `relative`: the type that is most frequent compared to its share of the whole text. In CoNLL-2000 noun phrases are
+    the majority of 99 % of the pieces.
+
+    Returns: the pieces, their labels, the number of labels.
+    """
+    for name in files:
+        try:
+            path = locate(data_dir, name)
+            break
+        except Missing:
+            if name == files[-1]:
+                raise
+    with reading(path, "text in columns"):
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read("conll2000/train.txt").decode()
+        else:
+            text = path.read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines()]
+    lines = [line for line in lines if len(line) > 1 and line[0] != "-DOCSTART-"]
+    tags = [line[-1].partition("-")[2] for line in lines]  # "B-PER" -> "PER", "O" -> ""
+    begins = [line[-1].startswith("B-") or tag != before for line, tag, before in zip(lines, tags, ["", *tags], strict=False)]
+    count = Counter(tag for tag, new in zip(tags, begins, strict=True) if new and tag)  # eng.train has B- only inside runs
+    types = sorted(tag for tag in count if tag and count[tag] >= 100)
+    if len(lines) < WORDS or not types:
+        raise UserError(f"{path}: {len(lines)} words with the tags {sorted(count)}; expected words with B- and I- tags, or O.")
+    pieces, labels = [], []
+    for i in range(0, len(lines) - WORDS + 1, WORDS):
+        here = Counter(tag for tag in tags[i : i + WORDS] if tag in types)
+        best = max(here, key=lambda tag: (here[tag] / (count[tag] if relative else 1), tag)) if here else None
+        pieces.append([line[0] for line in lines[i : i + WORDS]])
+        labels.append(types.index(best) + 1 if here else 0)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(pieces))[:n])
+    return [pieces[i] for i in chosen], np.array(labels)[chosen], len(types) + 1
+
+
+def read_conll2003(data_dir, n, seed):
+    return read_conll(data_dir, n, seed, ("conll2003/train.txt", "eng.train"))
+
+
+def read_conll2000(data_dir, n, seed):
+    return read_conll(data_dir, n, seed, ("conll2000/train.txt", "conll2000.zip"), relative=True)
+
+
+def token_ids(pieces, tokenizer):
+    """The first WORDS tokens of each piece, (n, WORDS) int64; short ones are filled with `tokenizer.pad`."""
+    ids = [tokenizer(words)[:WORDS] for words in pieces]
+    return np.array([row + [tokenizer.pad] * (WORDS - len(row)) for row in ids], np.int64)  # (n, WORDS)
