@@ -26,11 +26,14 @@ from typing import Literal
 
 import numpy as np
 
-import cli
-from cli import Missing, UserError
+from cli import Missing, UserError, command_line, guarded
 from tasks import fields, images, published, scores, signals, tables, text, toys
-from tasks.files import DOWNLOADS, NINAPRO, Lazy, fetch, present
+from tasks.files import DOWNLOADS, NINAPRO, Lazy, fetch, locate, present
 from tasks.published import RECIPES, TINY, Recipe
+
+__all__ = ["PROXIES", "TASKS", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy", "locate",
+           "toy_signals"]  # what a task of one's own needs is here, too: README, "Your own data"
+toy_signals = toys.signals
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of tasks
@@ -583,4 +586,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.guarded(main, cli.command_line(Args, __doc__))
+    guarded(main, command_line(Args, __doc__))
