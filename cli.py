@@ -1,10 +1,16 @@
-"""The command line: the options that all methods share, and how mistakes are reported. Imports nothing of ours, no torch."""
+"""The command line: the options that all methods share, the random streams of --seed, and how mistakes are reported.
+
+Imports nothing of ours, and no torch.
+"""
 
 import errno
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 # options with bounds: those that must be positive, and the largest value of those that may also be 0
 POSITIVE = ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "embedder_lr", "meta_lr",
@@ -74,6 +80,15 @@ class Args:
     """epochs of linear warm-up of the learning rate"""
     decay_epochs: float | None = None
     """epoch at which the linear decay of the learning rate reaches 0; may lie beyond the last epoch"""
+
+
+def stream(name, *numbers):
+    """The seed of a random stream of its own: the name says what is drawn, the numbers (seed, epoch, process...) which time.
+
+    The name and the count of the numbers are part of it, since SeedSequence pads with zeros: [s], [s, 0] and [s, 0, 0] are one.
+    """
+    entropy = [zlib.crc32(name.encode()), len(numbers), *numbers]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def command_line(Args, doc, check_task=None):

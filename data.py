@@ -17,7 +17,6 @@ import difflib
 import functools
 import math
 import re
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from cli import Missing, UserError, command_line, guarded
+from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
 from tasks.files import DOWNLOADS, NINAPRO, Lazy, fetch, locate, present
 from tasks.published import RECIPES, TINY, Recipe
@@ -265,13 +264,10 @@ def complete(args, method, scale):
 
 
 def of_one_batch(args):
-    """Learning rate and weight decay in a first stage, which accumulates nothing: the published ones as they were before
-    `published` rescaled them; others as given."""
-    recipe = find_task(args.task).recipes["orca"]
-    released = args.scale == "full" and (args.lr, args.weight_decay) == (recipe.lr, recipe.weight_decay)
-    if not released or recipe.optimizer == "adamw":
+    """Learning rate and weight decay of a first stage, which accumulates nothing: `published` rescaled them, this undoes it."""
+    if args.scale != "full" or args.optimizer == "adamw":
         return args.lr, args.weight_decay
-    return args.lr / (recipe.accumulate if recipe.optimizer == "sgd" else 1), args.weight_decay * recipe.accumulate
+    return args.lr / (args.accumulate if args.optimizer == "sgd" else 1), args.weight_decay * args.accumulate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +293,7 @@ class Split:
         self.classes, self.kind, self.augment, self.draws = classes, kind, like.augment, like.draws
         self.target, self.shape, self.loss = like.target, like.shape, like.loss
         self.output = like.output if classes is None else (classes,)
-        self.stream = zlib.crc32(like.name.encode())  # target and source draw different numbers
+        self.name = like.name  # target and source draw different numbers
         self.mean = None if like.mean is None else torch.tensor(like.mean, device=device)[:, None, None]  # (C, 1, 1)
         self.std = None if like.mean is None else torch.tensor(like.std, device=device)[:, None, None]
 
@@ -342,7 +338,7 @@ class Split:
         """How many samples may be evaluated at once: 256, or fewer where they are large (64 MB of inputs)."""
         return min(256, max(1, 2**24 // math.prod(self.shape)))
 
-    def plan(self, steps, batch_size, seed, epoch):
+    def plan(self, steps, batch_size, seed, epoch, stage=2):
         """The samples of every step of an epoch (steps, batch_size) and the draws that augment them (steps, batch_size, draws).
 
         Shuffled, all batches of one size: what does not fill a batch is left out and comes in another epoch; a set smaller
@@ -350,19 +346,19 @@ class Split:
         """
         import torch
 
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch, self.stream]).generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(stream(f"batches of {self.name}", seed, epoch, stage))
         rounds = -(-steps * batch_size // len(self))
         order = torch.cat([torch.randperm(len(self), generator=generator) for _ in range(rounds)])[: steps * batch_size]
         return order.view(steps, batch_size), torch.rand(steps, batch_size, self.draws, generator=generator)
 
-    def batches(self, steps, batch_size, seed, epoch, rank=0, world=1):
+    def batches(self, steps, batch_size, seed, epoch, rank=0, world=1, stage=2):
         """The augmented batches x (B, C, H, W) or (B, C, L), y (B, ...) of this process, B = batch_size / world.
 
         All processes follow one plan and take their own columns of it: G processes see the batches of one. What lies in files
         is read a batch ahead, in a thread.
         """
         here = "cpu" if self.lazy else self.device  # what reads files needs the numbers before the device is free
-        order, u = (part[:, rank::world].to(here) for part in self.plan(steps, batch_size, seed, epoch))
+        order, u = (part[:, rank::world].to(here) for part in self.plan(steps, batch_size, seed, epoch, stage))
 
         def read(step):
             return self._rows(self.x, order[step], u[step]), self.targets(order[step])
@@ -421,11 +417,11 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
             raise UserError(f"{task.name}: the classes of the {part} set go from {y.min()} to {y.max()}.\n"
                             f"Number its {task.output[0]} classes from 0 to {task.output[0] - 1}.")  # fmt: skip
     classes = count_classes(task.target, train[1]) if kind == "toy" else None if task.target == "field" else task.output[0]
-    order = np.random.default_rng(seed).permutation(len(train[1]))
+    order = np.random.default_rng(stream("validation split", seed)).permutation(len(train[1]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
     n_val = max(1, n_train // 9)
     if (groups := getattr(train[0], "groups", None)) is not None:  # a tenth of the groups, whole, comes first
-        kinds = np.random.default_rng(seed).permutation(np.unique(groups))
+        kinds = np.random.default_rng(stream("validation groups", seed)).permutation(np.unique(groups))
         held = np.isin(groups[order], kinds[: max(1, len(kinds) // 10)])  # (n,) in the order drawn
         n_val, n_train = min(n_val, int(held.sum())), min(n_train, int((~held).sum()))
         order = np.concatenate([order[held][:n_val], order[~held]])

@@ -97,7 +97,7 @@ def main(args):
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        seed_everything(args.seed, epoch, run.rank)
+        seed_everything("epoch", args.seed, epoch, run.rank)
         net.train()
         choose(model, args.mode, epoch < warming_epochs)  # finetune
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)

@@ -52,7 +52,8 @@ class Args(cli.Args):
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: that of stage 2, for a single batch"""
     inner_lr: float = 0.1
-    """alpha, of the virtual step. lambda alpha weighs the outer gradient: at fine-tuning rates it vanishes, see `ratio`"""
+    """alpha, of the virtual step; found for tiny-swin. lambda alpha weighs the outer gradient, see `ratio`. The log's `step` is
+    |theta* - theta_0| / |theta_0|: 0.0025 there; with another backbone choose alpha so that it is of that order"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
     """weight of the source's loss. 0: embedder warm-up"""
     gradient: Literal["finite-difference", "exact"] = "finite-difference"
@@ -114,8 +115,8 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes. Of G processes each gives its part.
         inner_lr, lambda_: alpha and lambda.
         gradient: "finite-difference" or "exact".
-    Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (4,):
-        L_inner, alignment, uniformity, |outer part| / |inner part| of the embedder's gradient.
+    Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (5,):
+        L_inner, alignment, uniformity, |outer part| / |inner part| of the embedder's gradient, |theta* - theta_0| / |theta_0|.
     """
     way = {"finite-difference": finite_difference, "exact": exact}[gradient]
     y_t, y_s = gather(y_t), gather(y_s)  # losses are of the batches of all processes
@@ -124,15 +125,19 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         return loss(gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
 
     with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
-        inner_e, inner_h, outer_e, losses = way(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
+        inner_e, inner_h, outer_e, losses, step = way(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
     inner_e, inner_h, outer_e = average(inner_e), average(inner_h), average(outer_e)
-    norm = lambda parts: torch.stack(torch._foreach_norm(parts)).norm()
-    log = torch.stack([*losses, norm(outer_e) / norm(inner_e)]).detach()
+    log = torch.stack([*losses, norm(outer_e) / norm(inner_e), step]).detach()
     return [a + b for a, b in zip(inner_e, outer_e, strict=True)], inner_h, log
 
 
+def norm(tensors):
+    """Euclidean norm of a list of tensors taken as one vector: scalar."""
+    return torch.stack(torch._foreach_norm(tensors)).norm()
+
+
 def exact(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
-    """The gradients of `meta_gradient` by double backward: of L_inner in e and h, of lambda L_outer in e, and the losses."""
+    """The gradients of `meta_gradient` by double backward: of L_inner in e, in h, of lambda L_outer in e; losses; step size."""
     theta = dict(model.encoder.named_parameters())
     e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -142,7 +147,8 @@ def exact(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
         align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)  # lines 3 and 4
         outer_e = torch.autograd.grad(lambda_ * (align + uniform), e, retain_graph=True)  # line 5
         inner = torch.autograd.grad(L_inner, [*e, *h])
-    return inner[: len(e)], inner[len(e) :], outer_e, (L_inner, align, uniform)
+    step = alpha * norm(g_theta) / norm(list(theta.values()))
+    return inner[: len(e)], inner[len(e) :], outer_e, (L_inner, align, uniform), step
 
 
 def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
@@ -155,11 +161,12 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
     g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()])
     inner_h, g_theta = g[: len(h)], average(g[len(h) :])
     theta_star = {name: (p.detach() - alpha * d).requires_grad_() for (name, p), d in zip(theta.items(), g_theta, strict=True)}
+    step = alpha * norm(g_theta) / norm(list(theta.values()))
     del g, g_theta  # line 2 is done; each is as large as the encoder
     align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)  # lines 3 and 4
     v = average(torch.autograd.grad(align + uniform, list(theta_star.values())))
     del theta_star
-    c = 0.01 / torch.stack(torch._foreach_norm(v)).norm()
+    c = 0.01 / norm(v).clamp(min=1e-30)  # v = 0: nothing of L_outer is left, and both sides are equal
     sides = []
     for sign in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
         moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
@@ -167,13 +174,13 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
         del moved
     inner_e = torch.autograd.grad(embedded, e, g_tokens, retain_graph=True)
     outer_e = torch.autograd.grad(embedded, e, -lambda_ * alpha * (sides[0] - sides[1]) / (2 * c))  # line 5
-    return inner_e, inner_h, outer_e, (L_inner, align, uniform)
+    return inner_e, inner_h, outer_e, (L_inner, align, uniform), step
 
 
 def meta_train(model, source, train, source_set, task, args, progress):
     """Stage 1: trains the embedder (and the predictor), never the encoder. Returns a row of numbers for each meta-epoch.
 
-    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Each process has its share of
+    Dropout and stochastic depth are off: the gradients of a step have to belong to one network. Each process has its part of
     both batches.
     """
     model.eval()
@@ -184,9 +191,9 @@ def meta_train(model, source, train, source_set, task, args, progress):
     size_s = args.batch_size * -(-32 // args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
     rows = []
     for epoch in range(args.meta_epochs):
-        start, logs = time.perf_counter(), torch.zeros(steps, 4, device=train.device)
-        batches = train.batches(steps, args.batch_size, args.seed, epoch, *processes())
-        batches_s = source_set.batches(steps, size_s, args.seed, epoch, *processes())
+        start, logs = time.perf_counter(), torch.zeros(steps, 5, device=train.device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, *processes(), stage=1)
+        batches_s = source_set.batches(steps, size_s, args.seed, epoch, *processes(), stage=1)
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
             x_s, y_s = next(batches_s)
             with torch.no_grad():
@@ -202,7 +209,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
                 nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()  # stage 2 begins without them
-        names = ("L_inner", "alignment", "uniformity", "ratio")
+        names = ("L_inner", "alignment", "uniformity", "ratio", "step")
         row = {"epoch": epoch + 1, **dict(zip(names, logs.mean(0).tolist(), strict=True))}
         row["seconds"] = time.perf_counter() - start
         if not all(map(math.isfinite, row.values())):
@@ -261,7 +268,7 @@ def main(args):
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        seed_everything(args.seed, epoch, run.rank)
+        seed_everything("epoch", args.seed, epoch, run.rank)
         net.train()
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)

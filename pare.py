@@ -220,7 +220,7 @@ def main(args):
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
-        seed_everything(args.seed, epoch, run.rank)
+        seed_everything("epoch", args.seed, epoch, run.rank)
         net.train()
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from backbones import DEFAULT_BACKBONE, reason
-from cli import UserError
+from cli import UserError, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
@@ -42,12 +42,12 @@ def make_optimizer(module, args):
 def make_schedule(optimizer, args, steps):
     """Linear warm-up, then linear to 0 at decay_epochs; advanced once per optimizer step, `steps` of them in an epoch.
 
-        factor(t) = min((t + 1) / W, (T - t) / (T - W)),   W = warmup_epochs steps,  T = decay_epochs steps
+        factor(t) = min(1, (t + 1) / W, (T - t) / (T - W)),   W = warmup_epochs steps,  T = decay_epochs steps
 
     The official WarmupLR counts micro-batches and spends its first one at rate 0.
     """
     W, T = args.warmup_epochs * steps, args.decay_epochs * steps
-    factor = lambda t: max(0.0, min((t + 1) / max(W, 1), (T - t) / max(T - W, 1)))
+    factor = lambda t: max(0.0, min(1.0, (t + 1) / max(W, 1), (T - t) / max(T - W, 1)))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -139,9 +139,9 @@ def write(path, content):
     part.replace(path)
 
 
-def seed_everything(*numbers):
-    """Seed torch from (seed, epoch, process). Each epoch draws from its own seed, so a resumed run repeats it exactly."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+def seed_everything(name, *numbers):
+    """Seed torch with a named stream of (seed, epoch, process): each epoch has its own, so a resumed run repeats it."""
+    torch.manual_seed(stream(name, *numbers))
 
 
 def mean_loss(losses, split, step, epoch, args):
@@ -174,6 +174,7 @@ class Run:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
+            torch.backends.cudnn.allow_tf32 = False  # on by default: the embedder's convolution would be off by 1.6e-4
         if self.world > 1:
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
         if self.rank > 0:
@@ -188,7 +189,7 @@ class Run:
         self.precision = "bf16 autocast" if bf16 else "fp32"
         self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
         self.stage1 = []  # a row for each epoch of a method's first stage
-        seed_everything(self.args.seed)
+        seed_everything("initial weights", self.args.seed)
 
     def start(self, *splits):
         """Make the run's folder; False if the run there is finished. `splits`: what it trains on; a toy run is named so.

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from cli import Missing, UserError
+from cli import Missing, UserError, stream
 from tasks.files import check_labels, locate, reading, save_array, unpickle, unpickle_entries
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def read_cifar10(data_dir, n=None, seed=0):
 
 def subset(x, y, n, seed):
     """n of the samples, drawn at random; all of them for None, or if there are no more."""
-    index = np.sort(np.random.default_rng(seed).permutation(len(y))[:n])
+    index = np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(y))[:n])
     return x[index], y[index]
 
 
@@ -94,7 +94,8 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
             label_of = {f"val/images/{row[0]}": row[1] for row in rows}
     classes = sorted({name.split("/")[1] for name in open_file if name.startswith("train/") and name.endswith(".JPEG")})
     if n is not None and n < len(images):
-        images = [images[i] for i in np.random.default_rng(seed).choice(len(images), n, replace=False)]
+        chosen = np.random.default_rng(stream("source samples", seed)).choice(len(images), n, replace=False)
+        images = [images[i] for i in chosen]
     x = np.empty((len(images), 64, 64, 3), np.uint8)
     for i, name in enumerate(images):
         try:
@@ -119,7 +120,7 @@ def read_voc(data_dir, n, seed):
 
     listing = locate(data_dir, "VOC2012/ImageSets/Segmentation/train.txt")
     names, root = listing.read_text().split(), listing.parents[2]
-    names = [names[i] for i in np.sort(np.random.default_rng(seed).permutation(len(names))[:n])]
+    names = [names[i] for i in np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(names))[:n])]
     if not names:
         raise UserError(f"{listing} is empty.")
     x, y = np.empty((len(names), 3, 224, 224), np.uint8), np.empty((len(names), 128, 128), np.float32)

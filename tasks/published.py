@@ -27,6 +27,7 @@ class Recipe:
     gate_noise: float = 0.0  # PaRe: scale of the noise on the gate's scores
     embedder_epochs: int = 60  # ORCA: steps of the alignment
     max_samples: int = 128  # ORCA: samples of a target class in one of them
+    classes_per_problem: int = 10  # ORCA: target classes in one transport problem
     source_samples: int = 5000  # ORCA: source samples that the distance is measured to
     reg: float = 0.1  # ORCA: entropic strength of its distance
     meta_epochs: int = 5  # MoNA: passes over the training samples in stage 1
@@ -39,10 +40,12 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
     sgd    lr (sum g + wd w) = accumulate lr (mean g + wd / accumulate w): the same step with these
     adam   the size of its gradient does not matter, but the decay is a part of it: wd / accumulate
     adamw  neither matters
+    clip   of the summed gradient is clip / accumulate of the mean
     """
     lr = accumulate * lr if optimizer == "sgd" else lr
     weight_decay = weight_decay if optimizer == "adamw" else weight_decay / accumulate
-    return Recipe(epochs, batch_size, accumulate, optimizer, lr, weight_decay, warmup, decay or epochs, **more)
+    clip = more.pop("clip", 0.0) / accumulate
+    return Recipe(epochs, batch_size, accumulate, optimizer, lr, weight_decay, warmup, decay or epochs, clip, **more)
 
 
 def both(orca, **pare):
@@ -69,7 +72,7 @@ RECIPES = {
     "cosmic": both(published("adamw", 1e-3, 0, 4, 60), **DENSE | dict(k_begin=500 / 3136, k_end=0.0)),
     "ninapro": both(
         published("adam", 1e-4, 1e-5, 32, 60, clip=1.0, embedder_epochs=100),
-        batch_size=16, accumulate=2, weight_decay=1e-5 / 2, **IMAGE,
+        batch_size=16, accumulate=2, weight_decay=1e-5 / 2, clip=1.0 / 2, **IMAGE,
     ),
     "fsd50k": both(published("adam", 1e-4, 5e-5, 32, 100), lr=3e-5, **IMAGE),
     "ecg": both(
@@ -154,4 +157,4 @@ def openml(number):
 
 # The tiny scale has one recipe for every method and task: no method is tuned alone.
 TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, embedder_epochs=20, max_samples=32,
-              source_samples=1000, reg=0.0, meta_epochs=2, n_train=5000)  # fmt: skip
+              classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, n_train=5000)  # fmt: skip

@@ -23,11 +23,17 @@ def constant(values, device):
 
 
 def cross_entropy(out, y, weights=None):
-    """- log softmax(out)_y, with `weights` the mean weighted by class. out (B, K), y (B,) -> scalar"""
+    """Mean of - w_y log softmax(out)_y, w = 1 without `weights` (K,). out (B, K), y (B,) -> scalar
+
+    Divided by B, not by the sum of the batch's weights as in the official code: so the mean over micro-batches is the loss of
+    the whole batch. Weights should have mean 1 over the training set.
+    """
     import torch
 
-    weights = None if weights is None else constant(weights, out.device)
-    return torch.nn.functional.cross_entropy(out.float(), y, weights)
+    if weights is None:
+        return torch.nn.functional.cross_entropy(out.float(), y)
+    each = torch.nn.functional.cross_entropy(out.float(), y, reduction="none")  # (B,)
+    return (constant(weights, out.device)[y] * each).mean()
 
 
 def presence(out, y, positive=1.0):
@@ -39,16 +45,17 @@ def presence(out, y, positive=1.0):
 
 
 def mask_loss(out, y):
-    """Binary cross-entropy, the mean over the pixels that count (y not NaN). out (B, H, W), y (B, any, any) -> scalar
+    """Binary cross-entropy, mean over all pixels; ignored pixels (y NaN) add 0. out (B, H, W), y (B, any, any) -> scalar
 
-    A mask of another size is brought to that of the prediction (nearest pixel).
+    The denominator is constant, as in the official code, so that the loss does not depend on how a batch is cut. A mask of
+    another size is resized to that of the prediction (nearest pixel).
     """
     import torch
 
     y = torch.nn.functional.interpolate(y[:, None], out.shape[-2:])[:, 0]  # (B, H, W)
     counts = ~y.isnan()
     each = torch.nn.functional.binary_cross_entropy_with_logits(out.float(), y.nan_to_num(), reduction="none")
-    return (each * counts).sum() / counts.sum().clamp(min=1)
+    return (each * counts).mean()
 
 
 def rmse(out, y):

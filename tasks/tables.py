@@ -74,7 +74,8 @@ def read_openml(data_dir, cache, number):
         x = x[:, : max(1, np.flatnonzero(x.any((0, 2))).max() + 1)]  # the last channel only if a value is missing
     else:
         x = numbers.astype(np.float32)[:, :, None]  # (n, channels, 1)
-    weights = tuple(len(train) / np.bincount(y[train], minlength=len(names)))  # 1 / share of the class
+    K = len(names)
+    weights = tuple(len(train) / (K * np.bincount(y[train], minlength=K)))  # n / (K n_c): mean 1 over the training rows
     changes = {"shape": x.shape[1:], "output": (len(names),), "loss": functools.partial(cross_entropy, weights=weights)}
     return (x[train], y[train]), (x[test], y[test]), kind, changes
 

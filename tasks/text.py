@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from cli import Missing, UserError
+from cli import Missing, UserError, stream
 from tasks.files import locate, reading
 
 WORDS = 32  # in a sequence of the text sources
@@ -47,7 +47,7 @@ def read_conll(data_dir, n, seed, files, relative=False):
         best = max(here, key=lambda tag: (here[tag] / (count[tag] if relative else 1), tag)) if here else None
         pieces.append([line[0] for line in lines[i : i + WORDS]])
         labels.append(types.index(best) + 1 if here else 0)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(pieces))[:n])
+    chosen = np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(pieces))[:n])
     return [pieces[i] for i in chosen], np.array(labels)[chosen], len(types) + 1
 
 

@@ -54,7 +54,7 @@ def images(n, seed, size):
 def spherical(n, seed, size):
     """Toy images through the real projection: (n, 3, 60, 60) uint8."""
     x, y = images(n, seed, 32)
-    return project_to_sphere(x, random_rotations(n, seed), b=size // 2), y
+    return project_to_sphere(x, random_rotations(n, [seed, 1]), b=size // 2), y  # rotations of a stream of their own
 
 
 def fields(n, seed, shape, output, cycles=3):
