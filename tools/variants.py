@@ -47,9 +47,10 @@ METHODS = {
     "orca-freeze-both": "orca.py",
     # ---- the protocol
     "naive-test": "finetune.py --mode naive",  # O11: the best epoch on the test set
-    # O14: four gradients averaged; added up, which is four times the rate
+    # O14: four gradients averaged; added up: lr (sum g + wd w) = 4 lr (mean g + wd / 4 w)
     "naive-mean": "finetune.py --mode naive --optimizer sgd --lr 0.003 --batch-size 8 --accumulate 4 --clip 0",
-    "naive-sum": "finetune.py --mode naive --optimizer sgd --lr 0.012 --batch-size 8 --accumulate 4 --clip 0",
+    "naive-sum": "finetune.py --mode naive --optimizer sgd --lr 0.012 --weight-decay 0.0125 --batch-size 8 --accumulate 4"
+    " --clip 0",
 }
 
 
