@@ -1,13 +1,14 @@
-"""Claims about speed, each measured against what it is compared with, in one run.
+"""Benchmarks: each claim about speed is measured together with its baseline, in one run.
 
-    python tools/bench.py step        a training step of each method and stage, from the way the official codes run to ours
-    python tools/bench.py curve       the loss over the first 200 steps on both paths, as docs/fast-path.png
-    python tools/bench.py data        loading, and the projection of pictures onto the sphere
-    python tools/bench.py topk        the relaxed top-k of PaRe's gate against the official code's N softmaxes
-    python tools/bench.py distance    ORCA's distance between data sets against the way the official code works it out
-    python tools/bench.py meta        MoNA's step of stage 1, by finite difference and exact, against a plain fine-tuning step
+    python tools/bench.py step        a training step of each method and stage, from the setup of the official codes to ours
+    python tools/bench.py curve       training loss over the first 200 steps on both paths, as docs/fast-path.png
+    python tools/bench.py data        data loading, and the projection of images onto the sphere
+    python tools/bench.py topk        the relaxed top-k of PaRe's gate against the N softmaxes of the official code
+    python tools/bench.py distance    ORCA's dataset distance against the computation of the official code
+    python tools/bench.py meta        a step of MoNA's stage 1, by finite differences and exact, against a fine-tuning step
 
-Every candidate runs in a process of its own, the candidates in turn, so that neither memory nor a busy machine favours one.
+Except in `curve` and `data`, each candidate runs in a new process. The candidates take turns, so that neither memory use nor
+other jobs on the machine favour one of them.
 """
 
 import itertools
@@ -23,13 +24,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 import tyro
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
+import common
 import data
+import finetune
+import mona
+import orca
+import pare
 from run import embed_all, make_optimizer
 from tasks import images
+
+matplotlib.use("Agg")
 
 
 @dataclass(frozen=True)
@@ -37,49 +52,31 @@ class Args:
     what: Annotated[Literal["step", "curve", "data", "topk", "distance", "meta"], tyro.conf.Positional]
     """what to measure"""
     device: Literal["cuda", "cpu"] | None = None
-    """default: cuda if there is one"""
+    """default: cuda if available"""
     scale: Literal["tiny", "full"] = "tiny"
-    """step: full is Swin-B at 224 x 224 with random weights, on a CPU a matter of minutes a row"""
+    """step: full is Swin-B at 224 x 224 with random weights; each row takes minutes on a CPU"""
     methods: tuple[str, ...] = ("pare", "orca", "mona", "finetune")
-    """step: which"""
+    """step: the methods to measure"""
     steps: int | None = None
-    """step: how many are timed in a process. Default 20; full scale on a CPU: 1"""
+    """step: timed steps per process; default 20, at full scale on a CPU 1. curve: training steps; default 200"""
     workers: int = min(4, os.cpu_count())
-    """step, data: processes of the DataLoader"""
+    """step, data: worker processes of the DataLoader"""
     data_dir: str = "datasets"
-    """curve: where CIFAR-100 and Tiny-ImageNet lie"""
+    """curve: folder with CIFAR-100 and Tiny-ImageNet"""
     out: str = str(Path(__file__).resolve().parent.parent / "docs")
-    """curve: folder of the picture"""
+    """curve: output folder of the figure"""
     backbone: str = "tiny-swin"
-    """meta: of the model. random:swin_base has the papers' size"""
+    """meta: backbone of the model. random:swin_base has the size used in the papers"""
     batch_size: int | None = None
-    """step, meta: of target and source. Default: the recipe's, 32"""
+    """step, meta: batch size of target and source. Default: that of the recipe; meta: 32"""
     samples: tuple[int, ...] = (1000, 5000)
-    """distance: of the source"""
+    """distance: numbers of source samples"""
     rounds: int = 3
-    """times each candidate runs, in turn; the median counts"""
-
-
-if __name__ == "__main__":
-    args = cli.command_line(Args, __doc__)
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the processes started here, too
-
-import numpy as np
-import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-
-import common
-import finetune
-import mona
-import orca
-import pare
+    """repetitions of each candidate; the median is reported"""
 
 
 def n_softmaxes(scores, k, temperature=0.9):
-    """The relaxed top-k of the official code, restated (Xie and Ermon 2019): k softmaxes in sequence.
+    """The relaxed top-k of the official code (Xie and Ermon 2019), reimplemented: k softmaxes in sequence. (B, N) -> (B, N)
 
     a_0 = 0;   for i = 1..k:  s <- s + log(1 - a_{i-1}),  a_i = softmax(s / tau);   khot = sum_i a_i
     """
@@ -94,12 +91,12 @@ def n_softmaxes(scores, k, temperature=0.9):
 
 
 def plain_top_k(scores, k):
-    """The hard choice alone, which has no gradient: the least that any of them can cost."""
+    """Hard top-k only, without a gradient for the selection: a lower bound on the cost. (B, N) -> (B, N)"""
     return torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0) * scores
 
 
 def peak():
-    """Most memory so far, in MB: of the device, or of this process."""
+    """Peak memory so far in MB, of the GPU or else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -110,7 +107,10 @@ B, N, K = 16, 3136, 2000
 
 
 def one_step(operator):
-    """Both masks of a PaRe step, k of the source tokens and N - k of the target's, forward and backward: seconds, MB."""
+    """Time both masks of a PaRe step (k source tokens, N - k target tokens), forward and backward.
+
+    Returns: seconds (median), additional memory in MB.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     scores = [torch.rand(B, N, device=device, requires_grad=True) for _ in range(2)]
@@ -147,7 +147,7 @@ def topk(args):
             seconds[name].append(took)
             memory[name].append(megabytes)
     print(f"Both masks of a PaRe step: batch {B}, {N} tokens, k = {K}, forward and backward,", machine())
-    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(f"median of {args.rounds} processes (fastest to slowest in brackets)\n")
     print(f"| {'operator':22} | {'seconds':27} | extra MB | times faster |\n|---|---|---|---|")
     reference = statistics.median(seconds["N softmaxes (official)"])
     for name, taken in seconds.items():
@@ -166,14 +166,14 @@ def square(x, y):
 
 
 def plain_divergence(x, y, cost, eps=0.1):
-    """A debiased Sinkhorn divergence as the official code gets it from geomloss, restated. (n, D), (m, D) -> scalar
+    """The debiased Sinkhorn divergence that the official code takes from geomloss, reimplemented. (n, D), (m, D) -> scalar
 
-    Simultaneous, averaged updates while eps falls from the squared diameter D^2 (twice) by quarters to its last value: about
-    2 + log_4(D^2 / eps) of them, with no look at whether that was enough. Then one more, with a gradient.
+    Simultaneous, averaged updates. eps starts at the squared diameter d^2 (used twice) and is divided by 4 until it reaches its
+    final value: about 2 + log_4(d^2 / eps) updates, without a test for convergence. One more update carries the gradient.
     """
     a, b = torch.full_like(x[:, 0], 1 / len(x)).detach(), torch.full_like(y[:, 0], 1 / len(y)).detach()
     both = torch.cat([x, y]).detach()
-    at = float((both.amax(0) - both.amin(0)).square().sum())  # D^2
+    at = float((both.amax(0) - both.amin(0)).square().sum())  # d^2
     annealing = [at]
     while at > eps:
         annealing.append(at)
@@ -192,9 +192,9 @@ def plain_divergence(x, y, cost, eps=0.1):
 
 
 def plain_otdd(x_s, y_s, x_t, y_t, eps=0.1):
-    """ORCA's distance as its official code works it out: one problem after the other, all of them again in every call.
+    """ORCA's distance as computed by its official code: the problems are solved one by one, and all of them in every call.
 
-    The label distances are numbers, without a gradient; a sample carries its label as one more column.
+    The label distances are constants without a gradient. The label of a sample is an additional column of its features.
     """
     y_s, y_t = y_s.unique(return_inverse=True)[1], y_t.unique(return_inverse=True)[1]
     clouds = [x[y == c].detach() for x, y in ((x_s, y_s), (x_t, y_t)) for c in y.unique()]
@@ -211,7 +211,10 @@ def plain_otdd(x_s, y_s, x_t, y_t, eps=0.1):
 
 
 def clouds(n, D, device, m=128):
-    """n source samples in 10 classes and m target samples in one, about as far apart as embedded pictures."""
+    """Random features, about as far apart as embedded images: n source samples of 10 classes, m target samples of one class.
+
+    Returns: x_s (n, D), y_s (n,), x_t (m, D), y_t (m,).
+    """
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=generator)
     y_s = torch.arange(n) % 10
@@ -219,7 +222,7 @@ def clouds(n, D, device, m=128):
     return [t.to(device) for t in (x_s, y_s, x_t, torch.zeros(m, dtype=torch.long))]
 
 
-DISTANCES = {  # name: (inner, reg, source terms given)
+DISTANCES = {  # name: (inner, reg, whether the source terms are precomputed)
     "the official way": None,
     "ours, exact": ("exact", 0.0, False),
     "ours, Sinkhorn 0.1": ("exact", 0.1, False),
@@ -229,11 +232,14 @@ DISTANCES = {  # name: (inner, reg, source terms given)
 
 
 def one_distance(name, n, D):
-    """Value and gradient of one distance: seconds, value, gradient."""
+    """Time one distance and its gradient with respect to the target.
+
+    Returns: seconds (median), value, gradient (m, D).
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x_s, y_s, x_t, y_t = clouds(n, D, device)
     x_t.requires_grad_()
-    common.otdd(x_s[:20], y_s[:20], x_t, y_t)  # imports POT
+    common.otdd(x_s[:20], y_s[:20], x_t, y_t)  # not timed: imports POT
     way = DISTANCES[name]
     terms = common.OtddTerms(x_s, y_s, *way[:2]) if way and way[2] else None
     times = []
@@ -248,7 +254,7 @@ def one_distance(name, n, D):
 
 def distance(args):
     print("OTDD and its gradient, 10 source classes, 128 target samples of one class,", machine())
-    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(f"median of {args.rounds} processes (fastest to slowest in brackets)\n")
     print(
         "| source samples | width | distance | seconds | times faster | value | against exact | gradient: cosine with exact |"
     )
@@ -261,7 +267,7 @@ def distance(args):
                 with context.Pool(1) as pool:
                     results[name].append(pool.apply(one_distance, (name, n, D)))
         x_s, y_s, x_t, y_t = clouds(n, D, "cpu")
-        exact = {}  # inner -> value, gradient; "none" is what remains where label distances are constants
+        exact = {}  # inner -> value, gradient. With one target class, constant label distances have the gradient of "none"
         for inner in ("exact", "none"):
             x = x_t.clone().requires_grad_()
             value = common.otdd(x_s, y_s, x, y_t, inner)
@@ -286,7 +292,10 @@ def distance(args):
 
 
 def one_meta_step(way, backbone, B):
-    """A step of stage 1, or of plain fine-tuning, on random pictures: seconds, MB above the model and its data."""
+    """Time a step of stage 1 or of fine-tuning on random images.
+
+    Returns: seconds (median), memory in MB in addition to the model and its data.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     source = common.load_source(backbone)
@@ -327,7 +336,7 @@ def meta(args):
             with context.Pool(1) as pool:
                 results[way].append(pool.apply(one_meta_step, (way, args.backbone, B)))
     print(f"A step of MoNA's stage 1 and one of fine-tuning, {args.backbone}, batch {B}, fp32,", machine())
-    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(f"median of {args.rounds} processes (fastest to slowest in brackets)\n")
     print(
         "| step | seconds | times a fine-tuning step | MB above the model | times a fine-tuning step |\n|---|---|---|---|---|"
     )
@@ -343,14 +352,14 @@ def meta(args):
 # Training steps
 # ---------------------------------------------------------------------------------------------------------------------
 
-LADDER = ("bf16", "fused attention", "compile", "data on the device", "stacked pass")  # one after the other, added up
+LADDER = ("bf16", "fused attention", "compile", "data on the device", "stacked pass")  # cumulative: each adds to those before
 FIRST = "fp32, eager, DataLoader"
 METHODS = {"pare": pare, "orca": orca, "mona": mona, "finetune": finetune}
 PARTS = {"pare": "pare", "orca": "orca, stage 1", "mona": "mona, stage 1", "finetune": "finetune, stage 2 of orca and mona"}
 
 
 class Samples(torch.utils.data.Dataset):
-    """A split as a DataLoader wants it: one sample at a time, prepared on the CPU."""
+    """A split as a map-style dataset for a DataLoader: single samples, prepared on the CPU."""
 
     def __init__(self, split):
         self.split = split
@@ -364,7 +373,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def make_splits(method, device, n=2048, classes=100):
-    """Random pictures in the shapes of the task spherical and of the method's source: two data.Split."""
+    """Random images with the shapes of the task spherical and of the method's source: two data.Split."""
     rng, task = np.random.default_rng(0), data.TASKS["spherical"]
     splits = []
     for like in (task, data.PROXIES["tiny_imagenet" if method == "pare" else "cifar10"]):
@@ -375,7 +384,7 @@ def make_splits(method, device, n=2048, classes=100):
 
 
 def loader(split, batch_size, steps, workers, device):
-    """Batches as the official codes get them: fetched by sample, put together, copied to the device."""
+    """Batches as in the official codes: samples are fetched one by one, collated and copied to the device."""
     drawn = torch.utils.data.RandomSampler(Samples(split), replacement=True, num_samples=batch_size * steps)
     batches = torch.utils.data.DataLoader(
         Samples(split), batch_size, sampler=drawn, num_workers=workers, pin_memory=device.type == "cuda"
@@ -384,7 +393,7 @@ def loader(split, batch_size, steps, workers, device):
 
 
 def in_two_passes(net, x, tokens_s, k, mix):
-    """PaRe's forward the way the official code goes: the unmixed samples, then the mixed ones."""
+    """PaRe's forward pass as in the official code: first the unmixed samples, then the mixed ones."""
     tokens_t = net.model.embedder(x)
     out = net.model.predictor(net.model.encoder(tokens_t))
     features = net.model.encoder(mix(tokens_t, tokens_s, net.gate(tokens_t), net.gate(tokens_s), k))
@@ -392,13 +401,16 @@ def in_two_passes(net, x, tokens_s, k, mix):
 
 
 def one_by_one(tokens_t, tokens_s, scores_t, scores_s, k):
-    """A Python loop over the samples, as in the official code from its tenth epoch on, when the gate has stopped training."""
+    """A Python loop over the samples, as in the official code from the tenth epoch on, where the gate is no longer trained."""
     each = zip(*(part.split(1) for part in (tokens_t, tokens_s, scores_t, scores_s)), strict=True)
     return torch.cat([pare.replace_as_released(*sample, k) for sample in each])
 
 
 def build(method, scale, have, device, mix=one_by_one):
-    """What trains, and its step: args, net, step(x, y, x_s, y_s) -> loss. `have`: what of the LADDER is in it."""
+    """Build the module that is trained and its training step. `have`: the rungs of the LADDER that are enabled.
+
+    Returns: args, net, step(x, y, x_s, y_s) -> loss.
+    """
     torch.manual_seed(0)
     args = METHODS[method].Args(scale=scale, backbone="tiny-swin" if scale == "tiny" else "random:swin_base")
     args = data.complete(args, method, scale)
@@ -451,8 +463,10 @@ def build(method, scale, have, device, mix=one_by_one):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the multiplications and additions of matrix products and convolutions. (torch's FlopCounterMode, which also tells
-    the modules apart, cannot follow torch.autograd.grad.)"""
+    """Counts the floating point operations of matrix products and convolutions.
+
+    torch's FlopCounterMode does not work here: it also tracks modules, and this fails with torch.autograd.grad.
+    """
 
     total = 0
 
@@ -464,7 +478,7 @@ class Operations(TorchDispatchMode):
 
 
 def most_arithmetic(device, dtype):
-    """Operations a second of a large matrix product: the machine's peak, as far as it can be had."""
+    """Floating point operations per second of a large matrix product: the peak of the machine that is reached in practice."""
     n = 8192 if device.type == "cuda" else 2048
     a, b, times = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
     for _ in range(8):
@@ -477,7 +491,11 @@ def most_arithmetic(device, dtype):
 
 
 def one_rung(method, scale, have, batch_size, timed, workers):
-    """Seconds a step, MB above the imports, operations a step, and the machine's peak in the same precision."""
+    """Time training steps.
+
+    Returns: batch size, seconds per step, memory in MB in addition to the imports, operations per step, the peak of the machine
+        in operations per second in the same precision.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_device, warm = "data on the device" in have, 3
     splits = make_splits(method, device if on_device else "cpu")
@@ -486,13 +504,13 @@ def one_rung(method, scale, have, batch_size, timed, workers):
     B, total = batch_size or args.batch_size, warm + timed
     if on_device:
         batches = [split.batches(total, B, 0, 0) for split in splits]
-    else:  # more than are timed: its processes end later
+    else:  # more batches than are timed, so that the workers do not stop early
         batches = [loader(split, B, total + 2 * workers, workers, device) for split in splits]
     for i in range(total):
         if i == warm:
             if device.type == "cuda":
                 torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("warn" if on_device else "default")  # our steps wait for nothing
+                torch.cuda.set_sync_debug_mode("warn" if on_device else "default")  # our steps do not synchronise
             start = time.perf_counter()
         (x, y), (x_s, y_s) = map(next, batches)
         step(x, y, x_s, y_s)
@@ -501,14 +519,17 @@ def one_rung(method, scale, have, batch_size, timed, workers):
         torch.cuda.synchronize()
     seconds, memory = (time.perf_counter() - start) / timed, peak() - before
     plain = tuple(name for name in have if name in ("stacked pass", "finite difference"))
-    with Operations() as counter:  # eager and not fused: every product is seen
+    with Operations() as counter:  # eager, not fused: every product is counted
         build(method, scale, plain, device)[2](x, y, x_s, y_s)
     dtype = torch.bfloat16 if "bf16" in have else torch.float32
     return B, seconds, memory, counter.total, most_arithmetic(device, dtype)
 
 
 def one_alignment(way, scale, timed):
-    """ORCA's stage 1 on ten target classes: seconds an embedder epoch, MB above the imports."""
+    """Time ORCA's stage 1 on ten target classes.
+
+    Returns: samples per embedder epoch, seconds per embedder epoch (median), memory in MB in addition to the imports.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args = data.complete(orca.Args(scale=scale, backbone="tiny-swin" if scale == "tiny" else "random:swin_base"), "orca", scale)
     train, source_set = (make_splits("orca", device, n, 10)[side] for side, n in ((0, 2048), (1, args.source_samples)))
@@ -525,7 +546,7 @@ def one_alignment(way, scale, timed):
     times = []
     for _ in range(timed):
         start = time.perf_counter()
-        for c in range(10):  # class by class, the whole distance again for each
+        for c in range(10):  # class by class, each with a complete distance
             drawn = torch.nonzero(train.y == c)[: args.max_samples, 0].cpu()
             one_class = torch.utils.data.Subset(Samples(train), drawn.tolist())
             batches = torch.utils.data.DataLoader(one_class, 32)
@@ -540,7 +561,7 @@ def one_alignment(way, scale, timed):
 
 
 def steps(args):
-    """The table. Rounds go through all rungs in turn, each in a process of its own."""
+    """Print the table of training steps. Each round measures all rungs, each in a new process."""
     cuda = torch.cuda.is_available()
     timed = args.steps or (1 if args.scale == "full" and not cuda else 20)
     jobs = {}  # (part, rung) -> function, arguments
@@ -551,11 +572,11 @@ def steps(args):
             continue
         have = ()
         rungs = {"pare": LADDER, "mona": ("finite difference", *LADDER[1:-1]), "finetune": LADDER[:-1]}[method]
-        for rung in (FIRST, *rungs):  # stage 1 of MoNA takes the difference of near numbers: no bf16
+        for rung in (FIRST, *rungs):  # no bf16 in stage 1 of MoNA, which subtracts nearly equal numbers
             label = rung if rung == FIRST else f"+ {rung}"
             with_it = have if rung == FIRST else (*have, rung)
             jobs[PARTS[method], label] = one_rung, (method, args.scale, with_it, args.batch_size, timed, args.workers)
-            if not cuda and rung in ("bf16", "fused attention"):  # the scripts do neither on a CPU
+            if not cuda and rung in ("bf16", "fused attention"):  # the method files use neither on a CPU
                 jobs[PARTS[method], f"{label} (dropped again)"] = jobs.pop((PARTS[method], label))
             else:
                 have = with_it
@@ -563,10 +584,10 @@ def steps(args):
     context = multiprocessing.get_context("spawn")
     for _ in range(args.rounds):
         for job, (function, arguments) in jobs.items():
-            with ProcessPoolExecutor(1, context) as pool:  # its process may have children, the DataLoader's
+            with ProcessPoolExecutor(1, context) as pool:  # unlike Pool, allows the workers of a DataLoader
                 results[job].append(pool.submit(function, *arguments).result())
     print(f"Training steps, {args.scale} scale, DataLoader with {args.workers} workers,", machine())
-    print(f"median of {args.rounds} processes (from fastest to slowest in brackets)\n")
+    print(f"median of {args.rounds} processes (fastest to slowest in brackets)\n")
     print(
         "| method | step | batch | samples/s | ms a step | peak MB | share of the peak | times the first |\n" + "|---" * 8 + "|"
     )
@@ -580,16 +601,11 @@ def steps(args):
 
 
 def curve(args):
-    """PaRe's first 200 steps at the tiny scale from one start on the same batches: fp32 eager in two passes against ours.
+    """PaRe's first 200 steps at the tiny scale, same weights and batches: fp32 eager in two passes against our path.
 
-    Rounding alone drives two runs apart, since a choice of patches flips. How far is shown by the same path from a start that
-    is off by a millionth.
+    Rounding errors alone make two runs diverge, because they change which patches are selected. To show how far, the reference
+    path is repeated from weights with a relative perturbation of 1e-6.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train = data.load("spherical", args.data_dir, Path(args.out).parent / "runs/cache", "tiny", 5000, 0, device).train
     source_set = data.load_proxy("tiny_imagenet", args.data_dir, "tiny", 5000, 0, device)
@@ -612,7 +628,7 @@ def curve(args):
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True, layout="constrained", height_ratios=(2, 1))
     reference = losses[eager]
     spread = (reference - torch.nn.functional.avg_pool1d(reference[None], 21, 1, 10, count_include_pad=False)[0]).std().item()
-    print(f"PaRe, {train.kind} data, {machine()}: {n} steps; the loss scatters by {spread:.4f} from batch to batch")
+    print(f"PaRe, {train.kind} data, {machine()}: {n} steps; the standard deviation between batches is {spread:.4f}")
     for way, loss in losses.items():
         above.plot(loss, label=way, linewidth=1)
         if loss is not reference:
@@ -620,7 +636,7 @@ def curve(args):
             below.plot(off, label=way, color=above.lines[-1].get_color(), linewidth=1)
             print(f"{way:24} mean difference {off.mean():+.5f}, largest {off.abs().max():.5f},",
                   f"last 50 steps {off[-50:].mean():+.5f}")  # fmt: skip
-    below.axhspan(-spread, spread, color="0.9", label="scatter from batch to batch")
+    below.axhspan(-spread, spread, color="0.9", label="standard deviation between batches")
     above.set(
         ylabel="loss", title=f"PaRe on spherical ({train.kind} data), tiny scale, {device.type}: the same batches on each path"
     )
@@ -633,7 +649,7 @@ def curve(args):
 
 
 def loading(args):
-    """Batches of 32 prepared pictures of PaRe's source (random crops), and the projection onto the sphere: in turn."""
+    """Time loading batches of 32 images of PaRe's source (random crops), and the projection onto the sphere."""
     device, n = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 40
     times = {
         name: [] for name in ("load: DataLoader", "load: data on the device", "project: one by one", "project: 500 at once")
@@ -658,13 +674,21 @@ def loading(args):
         )
         take("project: 500 at once", 500, lambda: images.project_to_sphere(x, turns))
     print(
-        f"{args.workers} workers, {machine()}, median of {args.rounds}\n\n| what | pictures/s | times faster |\n|---|---|---|"
+        f"{args.workers} workers, {machine()}, median of {args.rounds}\n\n| what | images/s | times faster |\n|---|---|---|"
     )
     for name, rates in times.items():
         slow = statistics.median(times["load: DataLoader" if "load" in name else "project: one by one"])
         print(f"| {name} | {statistics.median(rates):.0f} | {statistics.median(rates) / slow:.1f} |")
 
 
+COMMANDS = {"step": steps, "curve": curve, "data": loading, "topk": topk, "distance": distance, "meta": meta}
+
+
+def main(args):
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # early enough: imports do not initialise CUDA. Child processes inherit it
+    COMMANDS[args.what](args)
+
+
 if __name__ == "__main__":
-    what = {"step": steps, "curve": curve, "data": loading, "topk": topk, "distance": distance, "meta": meta}
-    cli.guarded(what[args.what], args)
+    cli.guarded(main, cli.command_line(Args, __doc__))

@@ -1,27 +1,27 @@
-"""Pictures and measurements for README and docs, made by the project's own code, most of them from finished runs.
+"""Figures and measurements for README and docs, most of them from finished runs.
 
-    python tools/figures.py idea                  what PaRe does, on a toy picture
-    python tools/figures.py pde                   one sample of each PDE task, solved here
+    python tools/figures.py idea                  the idea of PaRe on a toy image
+    python tools/figures.py pde                   one simulated sample of each PDE task
     python tools/figures.py curves RUN...         training loss and validation metric over the epochs
 
-PaRe's figures, of runs of pare.py:
+Figures of the PaRe paper (RUN: a run of pare.py, except for landscape):
 
-    python tools/figures.py landscape RUN RUN     1a: the training loss around the weights of two runs, of any methods
-    python tools/figures.py path RUN              1b: how far intermediate samples are from the source and from the target
-    python tools/figures.py embeddings RUN        1c: source, intermediate and target samples in the plane
+    python tools/figures.py landscape RUN RUN     1a: training loss around the weights of two runs of any method
+    python tools/figures.py path RUN              1b: distance of intermediate samples to the source and to the target
+    python tools/figures.py embeddings RUN        1c: t-SNE of source, intermediate and target samples
     python tools/figures.py patches RUN           4: the patches that the gate keeps
-    python tools/figures.py gate                  5: the gate against chance, from the runs below --out-dir
+    python tools/figures.py gate                  5: gate against random selection, from the runs in --out-dir
 
-MoNA's, on what runs left of the source, CIFAR-10:
+Figures of the MoNA paper: how much knowledge of the source, CIFAR-10, is left after a run
 
-    python tools/figures.py probe RUN...          linear-probe error, a table
-    python tools/figures.py source RUN...         2: CIFAR-10 in the plane, before and after
+    python tools/figures.py probe RUN...          linear-probe error, as a table
+    python tools/figures.py source RUN...         2: t-SNE of CIFAR-10 before and after fine-tuning
     python tools/figures.py forgetting RUN...     3: linear-probe error by task, epochs and method
-    python tools/figures.py discrepancy TASK...   4: how far tasks are from the source; needs no run
+    python tools/figures.py discrepancy TASK...   4: knowledge discrepancy between tasks and source; needs no run
 
-and "What explains ORCA":
+Figure of "What explains the success of cross-modal fine-tuning with ORCA?":
 
-    python tools/figures.py ablation              embedder epochs, source, what is frozen, from the runs below --out-dir
+    python tools/figures.py ablation              embedder epochs, source, frozen parts, from the runs in --out-dir
 """
 
 import itertools
@@ -32,14 +32,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
 import tyro
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from scipy.optimize import linear_sum_assignment
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import backbones
 import cli
+import common
 import data
-from tasks import images, toys
+import pare
+from tasks import images, pde, toys
+from tools.reproduce import collect, of, read, spread
+
+matplotlib.use("Agg")
 
 
 @dataclass(frozen=True)
@@ -49,47 +66,29 @@ class Args:
                 "probe", "source", "forgetting", "discrepancy", "ablation"],
         tyro.conf.Positional,
     ]  # fmt: skip
-    """which picture or measurement"""
+    """the figure or measurement"""
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """folders of finished runs; discrepancy: tasks, if not cifar100 spherical darcy shallow_water2d"""
+    """folders of finished runs. discrepancy: tasks; default cifar100 spherical darcy shallow_water2d"""
     data_dir: str = "datasets"
-    """where the runs' data and CIFAR-10 lie"""
+    """folder with the data of the runs and CIFAR-10"""
     out: str = str(ROOT / "docs")
-    """folder it is written to, as WHAT.png"""
+    """output folder; the file name is WHAT.png"""
     out_dir: str = "runs"
-    """gate, ablation: the runs of tools/reproduce.py. discrepancy: cache/ in here gets the prepared data"""
+    """gate, ablation: runs of tools/reproduce.py. discrepancy: prepared data are written to its cache/"""
     task: str = "spherical"
-    """gate, ablation: of this task"""
+    """gate, ablation: task of the runs"""
 
 
-if __name__ == "__main__":
-    args = cli.command_line(Args, __doc__)
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-
-import common
-import pare
-from tasks import pde
-from tools.reproduce import collect, of, read, spread
-
-PICK_S, PICK_T = 10, 16  # which toy pictures
-SIDE, PATCH = 64, 8  # the picture in pixels, a patch: 8 x 8 patches
+PICK_S, PICK_T = 10, 16  # indices of the toy images
+SIDE, PATCH = 64, 8  # side of the image and of a patch in pixels: 8 x 8 patches
 SOURCE, TARGET = "#d1495b", "#00798c"
 COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a44a8b", "#8c6d46")  # of methods
-BETWEEN = LinearSegmentedColormap.from_list("between", [SOURCE, "#e3c9b8", TARGET])  # 0 the source, 1 the target
-DEPTH = LinearSegmentedColormap.from_list("depth", ["#06313a", TARGET, "#9cc8cd", "#f6f1e7"])  # of a valley
+BETWEEN = LinearSegmentedColormap.from_list("between", [SOURCE, "#e3c9b8", TARGET])  # 0: source, 1: target
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#06313a", TARGET, "#9cc8cd", "#f6f1e7"])  # low to high loss
 
 
 def save(figure, args):
-    """Write the picture to --out as WHAT.png and say where it is."""
+    """Write the figure to --out as WHAT.png and print its path."""
     path = Path(args.out) / f"{args.what}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -98,7 +97,7 @@ def save(figure, args):
 
 
 def plain(*axes, grid="both"):
-    """Axes without a frame, on a faint grid."""
+    """Light grid; no top and right spines."""
     for axis in axes:
         axis.grid(alpha=0.3, axis=grid)
         axis.set_axisbelow(True)
@@ -111,23 +110,23 @@ def plain(*axes, grid="both"):
 
 
 def patches(picture):
-    """(3, 64, 64) -> (1, 64, 192): what the embedder sees as tokens."""
+    """Cut an image into patches, the tokens of the embedder. (3, 64, 64) -> (1, 64, 192)"""
     return F.unfold(picture[None], PATCH, stride=PATCH).transpose(1, 2)
 
 
 def picture(tokens):
-    """(1, 64, 192) -> (64, 64, 3)"""
+    """Inverse of `patches`, channels last. (1, 64, 192) -> (64, 64, 3)"""
     return F.fold(tokens.transpose(1, 2), (SIDE, SIDE), PATCH, stride=PATCH)[0].permute(1, 2, 0)
 
 
 def idea(args):
     flat, sphere = toys.images(40, 7, 64)[0], toys.spherical(40, 3, 60)[0]
-    calm = flat[:, :, :8].astype(float).std((2, 3)).sum(1).argsort()  # plain backgrounds first
+    calm = flat[:, :, :8].astype(float).std((2, 3)).sum(1).argsort()  # uniform backgrounds first
     tokens_s = patches(torch.from_numpy(flat[calm[PICK_S]]).float() / 255)
     target = F.interpolate(torch.from_numpy(sphere).float() / 255, (SIDE, SIDE), mode="bilinear")
     tokens_t = patches(target[PICK_T])
     untie = 1e-4 * torch.rand(1, 64, generator=torch.Generator().manual_seed(0))
-    scores_t, scores_s = tokens_t.std(2) + untie, tokens_s.std(2)  # contrast stands in for a trained gate
+    scores_t, scores_s = tokens_t.std(2) + untie, tokens_s.std(2)  # contrast instead of the scores of a trained gate
     epochs, k0 = 5, 41
 
     figure, axes = plt.subplots(1, 7, figsize=(13.5, 3.5), width_ratios=[1, 0.22, 1, 1, 1, 0.22, 1])
@@ -147,8 +146,8 @@ def idea(args):
             )
         axis.set_title(f"epoch {epoch} of {epochs}\nk = {k} of 64 patches", fontsize=11)
     axes[6].imshow(picture(tokens_t))
-    axes[6].set_title("target\na modality never seen", color=TARGET, fontsize=11)
-    for axis, text in ((axes[1], "the k that\nmatter most"), (axes[5], "all but the k that\nmatter least")):
+    axes[6].set_title("target\nan unseen modality", color=TARGET, fontsize=11)
+    for axis, text in ((axes[1], "the k most\nimportant"), (axes[5], "all but the k\nleast important")):
         axis.set(xlim=(0, 1), ylim=(0, 1))
         begin, end = ((0.0, 0.5), (1.0, 0.5)) if axis is axes[1] else ((1.0, 0.5), (0.0, 0.5))
         axis.add_patch(FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=14, color="0.3", clip_on=False))
@@ -180,11 +179,14 @@ PDES = {
     "diffusion_sorption1d": "diffusion-sorption", "navier_stokes1d": "compressible flow", "darcy": "Darcy",
     "darcy2d": "Darcy, PDEBench's", "shallow_water2d": "shallow water", "diffusion_reaction2d": "FitzHugh-Nagumo",
 }  # fmt: skip
-SHOWN = {"advection1d": 2, "navier_stokes1d": 10}  # which sample, if not the first
+SHOWN = {"advection1d": 2, "navier_stokes1d": 10}  # index of the sample; default: the first
 
 
 def fields(args):
-    """One sample of each PDE task, the target below the input. Lines keep their scale; the gas's fields have one each."""
+    """One sample of each PDE task, the target below the input.
+
+    In 1D, input and target have the same scale. Each field of the compressible flow is scaled separately.
+    """
     figure, axes = plt.subplots(2, len(PDES), figsize=(15, 3.7))
     figure.subplots_adjust(left=0.025, right=0.995, top=0.9, bottom=0.02, wspace=0.08, hspace=0.06)
     for column, (name, title) in zip(axes.T, PDES.items(), strict=True):
@@ -196,7 +198,7 @@ def fields(args):
             if values.ndim == 2:
                 axis.imshow(values, cmap="RdBu_r" if name == "diffusion_reaction2d" else "viridis")
                 continue
-            both = np.stack([x, y]).reshape(2, 3 if name == "navier_stokes1d" else 1, -1)  # (input and target, fields, n)
+            both = np.stack([x, y]).reshape(2, 3 if name == "navier_stokes1d" else 1, -1)  # (2, fields, n): input and target
             both = both / abs(both).max((0, 2))[:, None]
             for line, style in zip(both[int(values is y)], ("-", "--", ":"), strict=False):
                 axis.plot(line, style, color=colour, linewidth=1.4)
@@ -214,17 +216,17 @@ def fields(args):
 
 
 def finished(run):
-    """A run's result.json, and its "variant": what tools/reproduce.py calls its method."""
+    """The result.json of a run, with its "variant": the name of the method in tools/reproduce.py."""
     if not (Path(run) / "result.json").exists():
-        raise cli.UserError(f"{run} holds no finished run (result.json).\nGive the folder of a run that has ended.")
+        raise cli.UserError(f"{run} holds no finished run (result.json is missing).\nGive the folder of a finished run.")
     file = Path(run) / "result.json"
     return json.loads(file.read_text()) | {"variant": read(file)["method"]}
 
 
 def weights(run):
-    """The weights after the last epoch: embedder.*, encoder.*, predictor.*, and PaRe's gate.* and predictor_s.*"""
+    """The weights after the last epoch: embedder.*, encoder.*, predictor.*; for PaRe also gate.* and predictor_s.*"""
     net = torch.load(Path(run) / "last.pt", map_location="cpu", weights_only=True)["net"]
-    return {name.removeprefix("model."): value for name, value in net.items()}  # PaRe's net holds the model
+    return {name.removeprefix("model."): value for name, value in net.items()}  # in PaRe the model is a part of the net
 
 
 def part(net, name):
@@ -233,7 +235,7 @@ def part(net, name):
 
 @dataclass
 class Rebuilt:
-    """A finished run as it was after its last epoch; gate and source_set are PaRe's."""
+    """A finished run with the weights of the last epoch. gate and source_set: PaRe only."""
 
     result: dict
     options: dict  # args.json
@@ -245,9 +247,10 @@ class Rebuilt:
 
 
 def rebuild(run, args, method=None):
-    """Its data, and its model with the weights after the last epoch. `method`: which it must be; "pare" gets gate and source.
+    """Load the data of a run and its model with the weights of the last epoch; method="pare" adds the gate and the source.
 
-    Raises: UserError if the run is none, one of another method, or if --data-dir holds other data than it saw.
+    Raises: UserError if the run is not finished, if it is not a run of `method` (None: any method), or if --data-dir gives
+        other data than those it was trained on.
     """
     result, net = finished(run), weights(run)
     if method not in (None, result["method"]):
@@ -266,9 +269,9 @@ def rebuild(run, args, method=None):
         of_source = options["source"], args.data_dir, options["scale"], data.SOURCE_SAMPLES, options["seed"], "cpu"
         rebuilt.source_set = data.load_proxy(*of_source, source.tokenizer)
         splits.append(rebuilt.source_set)
-    for split, kind in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA saw a source too
+    for split, kind in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA list the data of their source, too
         if split.kind != kind:
-            raise cli.UserError(f"{run} saw {kind} data; --data-dir {args.data_dir} gives {split.kind}.\nGive the run's own.")
+            raise cli.UserError(f"{run} saw {kind} data; --data-dir {args.data_dir} gives {split.kind}.\nGive its --data-dir.")
     for name, module in modules.items():
         module.load_state_dict(part(net, name))
         module.eval()
@@ -276,27 +279,30 @@ def rebuild(run, args, method=None):
 
 
 def draw(values, n, seed=0):
-    """n of the values, at random; all if there are no more."""
+    """n values at random without replacement, at most all of them. (m, ...) -> (min(n, m), ...)"""
     return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:n]]
 
 
 def draw_of_classes(split, n, classes, seed=0):
-    """n samples of so many classes (pseudo-classes if it has none), both drawn at random: their numbers and their classes."""
+    """At most n random samples of random classes, or pseudo-classes if the task has no classes.
+
+    Returns: indices and classes of the samples, both (n,).
+    """
     y = data.class_labels(split, seed=seed)
     index = draw(torch.nonzero(torch.isin(y, draw(y.unique(), classes, seed))).squeeze(1), n, seed)
     return index, y[index]
 
 
 def plane(x):
-    """t-SNE of x (n, D) array -> (n, 2), from the two main axes: the same each time."""
-    from sklearn.manifold import TSNE
-
+    """t-SNE, initialised by PCA, deterministic. (n, D) array -> (n, 2)"""
     return TSNE(init="pca", random_state=0).fit_transform(x)
 
 
 def dots(axis, groups, colour, x=None, line="none", label=None):
-    """Mean ± standard deviation of each group's values, at x or one beside the other: name -> list of values.
+    """Plot mean ± standard deviation of each group, at x or side by side.
 
+    Args:
+        groups: name -> list of values.
     Returns: name -> (mean, standard deviation).
     """
     found = {name: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0) for name, values in groups.items()}
@@ -311,7 +317,7 @@ def dots(axis, groups, colour, x=None, line="none", label=None):
 
 
 def curves(args):
-    """Runs of one task and method share a colour: thin the seeds, bold their mean. Each method's own loss: PaRe's is a sum."""
+    """Thin lines are runs, thick lines their mean over seeds; one colour per task and method. The loss of PaRe is a sum."""
     groups, results = {}, [finished(run) for run in args.runs]
     tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
     for run, result in zip(args.runs, results, strict=True):
@@ -345,7 +351,7 @@ def curves(args):
 
 
 def directions(model, seed=0):
-    """Two random directions among the weights, each filter as long as the model's (Li et al. 2018); 1-d weights stay."""
+    """Two random directions with filter normalisation (Li et al. 2018); 1-d weights are not moved."""
     generator = torch.Generator().manual_seed(seed)
     length = lambda w: w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1))  # (filters, 1, ...)
 
@@ -358,16 +364,17 @@ def directions(model, seed=0):
 
 @torch.no_grad()
 def surface(model, loss, x, y, steps):
-    """loss(model(x), y) with the weights moved by steps (S,) along two random directions: (S, S) array."""
+    """loss(model(x), y) at the weights moved by `steps` (S,) along two random directions: (S, S) array."""
     here, (d1, d2) = dict(model.named_parameters()), directions(model)
     moved = lambda a, b: {name: w + a * d1[name] + b * d2[name] for name, w in here.items()}
     return np.array([[float(loss(torch.func.functional_call(model, moved(a, b), x), y)) for a in steps] for b in steps])
 
 
 def landscape(args, side=15, n=256):
-    """The target's loss on n training samples, not augmented, over a plane through the weights after the last epoch.
+    """Target loss on n training samples without augmentation, over a plane through the weights of the last epoch.
 
-    Both runs are cut along the same random draws, and share their levels. 0.5: every filter is moved by half its length.
+    Both runs use the same random numbers for the directions and the same contour levels. A step of 0.5 moves each filter by
+    half its norm.
     """
     steps, surfaces, titles = np.linspace(-0.5, 0.5, side), [], []
     for run in args.runs:
@@ -376,7 +383,7 @@ def landscape(args, side=15, n=256):
         index = draw(torch.arange(len(train)), n)
         surfaces.append(surface(rebuilt.model, rebuilt.loaded.task.loss, train.inputs(index), train.targets(index), steps))
         centre = surfaces[-1][side // 2, side // 2]
-        titles.append(f"{rebuilt.result['task']}, {rebuilt.result['variant']}: {centre:.3g} in the middle")
+        titles.append(f"{rebuilt.result['task']}, {rebuilt.result['variant']}: {centre:.3g} at the centre")
         print(f"{run}: loss {centre:.4f}, in the corners {surfaces[-1][[0, 0, -1, -1], [0, -1, 0, -1]].mean():.4f}")
     levels = np.geomspace(0.999 * max(np.min(surfaces), 1e-3), 1.001 * np.max(surfaces), 16)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="compressed", sharey=True)
@@ -394,9 +401,9 @@ def landscape(args, side=15, n=256):
 
 @torch.no_grad()
 def between(run, index_t, index_s, ks):
-    """Target samples paired with source samples by the run's embedder and gate: line 4 of pare.py, for each k.
+    """Intermediate samples of pairs of target and source samples, for each k, as in line 4 of the algorithm in pare.py.
 
-    Returns: (1 + len(ks), n, D), means over tokens: the source samples, then the intermediate ones of each k.
+    Returns: means over tokens (1 + len(ks), n, D), first the source samples, then the intermediate samples of each k.
     """
     parts = []
     for i, j in zip(index_t.split(64), index_s.split(64), strict=True):
@@ -409,23 +416,23 @@ def between(run, index_t, index_s, ks):
 
 
 def pairs_of(run, n):
-    """n training samples and n of the source, fewer if one side has: their numbers."""
+    """Indices of n random training samples and of as many source samples; fewer if one of the two has fewer."""
     splits = run.loaded.train, run.source_set
     return [draw(torch.arange(len(split)), n)[: min(map(len, splits))] for split in splits]
 
 
 def token_numbers(run):
-    """N of the target and the largest k: there must be as many source tokens."""
+    """The number N of target tokens and the largest k, which is limited by the number of source tokens."""
     N = run.model.embedder.tokens
     return N, min(N, run.source.embedder(run.source_set.inputs(torch.zeros(1, dtype=torch.long))).shape[1])
 
 
 def path(args, n=500, classes=10):
-    """OTDD of intermediate samples to the source and to the target, for nine k from 0 to N, or to the tokens of the source.
+    """OTDD of intermediate samples to the source and to the target, for nine k from 0 to the largest possible.
 
-    At most n training samples of ten of the target's classes, as many of ten of the source's, none augmented; a sample is the
-    mean of its tokens, as in ORCA. Intermediate samples have the target's labels: they begin at distance 0 from the target, and
-    do not end at 0 from the source, whose labels are others.
+    At most n samples of ten target classes and as many of ten source classes, without augmentation; a sample is the mean of its
+    tokens, as in ORCA. Intermediate samples have the labels of the target: their distance to the target is 0 at k = 0, but
+    their distance to the source does not reach 0, because its labels are different.
     """
     run = rebuild(args.runs[0], args, "pare")
     (index_t, y_t), (index_s, y_s) = (draw_of_classes(split, n, classes) for split in (run.loaded.train, run.source_set))
@@ -461,7 +468,7 @@ def embeddings(args, n=200):
     index_t, index_s = pairs_of(run, n)
     N, most = token_numbers(run)
     ks = [most * 3 // 4, most // 2, most // 4, 0]
-    u = between(run, index_t, index_s, ks)  # (5, n, D): from the source to the target
+    u = between(run, index_t, index_s, ks)  # (5, n, D), from source to target
     points = plane(u.flatten(0, 1).numpy()).reshape(*u.shape[:2], 2)
     figure, axis = plt.subplots(figsize=(7.6, 5.2), layout="constrained")
     for i, name in enumerate(("source", *(f"k = {k} of {N}" for k in ks[:-1]), "target")):
@@ -475,7 +482,7 @@ def embeddings(args, n=200):
 
 
 def to_look_at(split, index, size):
-    """Samples as pictures in [0, 1], (B, size, size, 3), resized as the embedder does; unless there are three, one channel."""
+    """Samples as images in [0, 1], resized as in the embedder: (B, size, size, 3). Unless C = 3, only the first channel."""
     x = split.inputs(index)
     if split.mean is not None:
         x = x * split.std + split.mean
@@ -486,7 +493,7 @@ def to_look_at(split, index, size):
 
 
 def dimmed(pictures, mask, colour):
-    """The patches where mask (B, N) is 0 under a veil of a pale colour. (B, size, size, 3) -> the same"""
+    """Fade the patches where mask (B, N) is 0 to a pale colour. (B, size, size, 3) -> the same shape"""
     side, veil = round(mask.shape[1] ** 0.5), torch.tensor(to_rgb(colour))
     mask = F.interpolate(mask.unflatten(1, (side, side))[:, None], pictures.shape[1:3]).permute(0, 2, 3, 1)
     return torch.where(mask > 0.5, pictures, 0.1 * pictures + 0.15 * veil + 0.75)
@@ -494,10 +501,13 @@ def dimmed(pictures, mask, colour):
 
 @torch.no_grad()
 def chosen_patches(args, n=8):
-    """What the gate keeps of n target pictures and takes from n source pictures for k = N / 2; beside it, a choice by lot."""
+    """The patches of n target images that the gate keeps, and of n source images that it takes, for k = N / 2.
+
+    The figure also shows a random selection. Returns: k and the masks (n, N): kept, random, taken.
+    """
     run = rebuild(args.runs[0], args, "pare")
     if run.source.modality != "2d":
-        raise cli.UserError(f"{args.runs[0]} is a run on signals, which have no patches to look at.\nGive one on pictures.")
+        raise cli.UserError(f"{args.runs[0]} is a run on a 1D task, which has no image patches.\nGive a run on a 2D task.")
     index_t, index_s = pairs_of(run, n)
     pictures_t = to_look_at(run.loaded.train, index_t, run.source.size)  # (n, size, size, 3)
     pictures_s = to_look_at(run.source_set, index_s, run.source.size)
@@ -526,20 +536,20 @@ def chosen_patches(args, n=8):
 
 
 def rows_of(args):
-    """The task's rows of the runs below --out-dir."""
+    """The results of the finished runs of the task in --out-dir."""
     if rows := of(collect(args.out_dir), task=args.task):
         return rows
-    raise cli.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive those of tools/reproduce.py.")
+    raise cli.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive the --out-dir of tools/reproduce.py.")
 
 
 def errors(rows, methods):
-    """name -> the test errors of a method's seeds, of those that there are. methods: name -> method."""
+    """The test errors over seeds of `methods` (name -> method): name -> list of errors, without methods that have no run."""
     found = {name: [row["test"] for row in of(rows, method=method)] for name, method in methods.items()}
     return {name: values for name, values in found.items() if values}
 
 
 def gate(args):
-    """Test error against k0, for patches chosen by the gate and by chance."""
+    """Test error over k0, for patches selected by the gate and at random."""
     rows = rows_of(args)
     default = data.find_task(args.task).recipes["pare"].k_begin
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -548,8 +558,8 @@ def gate(args):
         methods = {round(default, 2): method} | {share: f"{variant}{share}" for share in (0.2, 0.4, 0.9)}
         groups = dict(sorted(errors(rows, methods).items()))
         if not groups:
-            raise cli.UserError(f"{args.out_dir} has no run of {method}.\nMake some: tools/reproduce.py --methods {method}.")
-        found[name] = dots(axis, groups, colour, x=list(groups), line="-", label=f"patches chosen by {name}")
+            raise cli.UserError(f"{args.out_dir} has no run of {method}.\nRun tools/reproduce.py --methods {method} first.")
+        found[name] = dots(axis, groups, colour, x=list(groups), line="-", label=f"patches selected by {name}")
     axis.set(xlabel="k0 / N, share of source patches in the first epoch", ylabel=f"test {rows[0]['metric']}")
     axis.set_title(args.task, fontsize=11)
     axis.legend(frameon=False)
@@ -558,35 +568,31 @@ def gate(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MoNA: what is left of the source, and how far a task is from it
+# MoNA: knowledge of the source after a run, and knowledge discrepancy
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def features(embedder, encoder, split, index=None):
-    """Samples through embedder and encoder, mean over tokens: (n, F) array."""
+    """Features of embedder and encoder, mean over tokens: (n, F) array."""
     encoder.eval()
     index = torch.arange(len(split)) if index is None else index
     return torch.cat([encoder(embedder(split.inputs(i))).mean(1) for i in index.split(250)]).numpy()
 
 
 def classifier():
-    """A logistic regression on standardised features."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
+    """Logistic regression on standardised features."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
 
 
 def probe_error(source, train, test):
-    """0-1 test error of a linear classifier on what the source embedder and the encoder, which stays as it is, make of them."""
+    """0-1 test error of a linear classifier on the features of source embedder and encoder, both frozen."""
     fitted = classifier().fit(features(source.embedder, source.encoder, train), train.y.numpy())
     return 1 - fitted.score(features(source.embedder, source.encoder, test), test.y.numpy())
 
 
 def cifar10(args):
-    """5000 training pictures and the test pictures, as data.Splits."""
+    """5000 training images and the test images of CIFAR-10: two data.Split."""
     folder = Path(args.data_dir)
     train = images.subset(*images.read_cifar10(folder), 5000, seed=0)
     test = images.read_cifar(folder / "cifar-10-batches-py", ["test_batch"], "labels", 10)
@@ -594,20 +600,23 @@ def cifar10(args):
 
 
 def adapted(runs):
-    """For each run its result, and its backbone with the encoder as the last epoch left it."""
+    """For each run, its result and its source with the encoder weights of the last epoch.
+
+    Raises: UserError if a run has a 1D backbone.
+    """
     for run in runs:
         result = finished(run)
         source = common.load_source(result["backbone"])
         if source.modality != "2d":
-            raise cli.UserError(f"{run} adapted a text model, which cannot look at CIFAR-10.\nGive runs on 2D tasks.")
+            raise cli.UserError(f"{run} has a text encoder, which cannot process CIFAR-10.\nGive runs on 2D tasks.")
         source.encoder.load_state_dict(part(weights(run), "encoder"))
         yield result, source
 
 
 def probes(args):
-    """For each run its result, its probe error, and that of the encoder as it was pretrained.
+    """For each run, its result, its probe error, and the probe error of the pretrained encoder.
 
-    The paper's measurement of source knowledge: a linear probe on the encoder after its last epoch on the target, fed by the
+    This is how the paper measures source knowledge: a linear probe on the encoder after the last epoch on the target, with the
     SOURCE embedder.
     """
     (train, test), before = cifar10(args), {}  # backbone -> error
@@ -622,20 +631,20 @@ def probes(args):
 
 def probe(args):
     """The probe errors as a table, mean ± standard deviation over seeds."""
-    found = {}  # (task, method, pretrained) -> [(target's error, probe error)]
+    found = {}  # (task, method, pretrained) -> [(error on the target, probe error)]
     for result, error, before in probes(args):
         found.setdefault((result["task"], result["variant"], before), []).append((result["test_last"], error))
-    print("| task | method | target's test error, last epoch | probe error | pretrained | n |\n|---|---|---|---|---|---|")
+    print("| task | method | target test error, last epoch | probe error | pretrained | n |\n|---|---|---|---|---|---|")
     for (task, method, before), pairs in found.items():
         target, left = (spread(column) for column in zip(*pairs, strict=True))
         print(f"| {task} | {method} | {target} | {left} | {before:.4f} | {len(pairs)} |")
 
 
 def forgetting(args):
-    """Probe error by target, by epochs and by method. What a panel does not vary is what most of the runs have."""
+    """Probe error by task, by epochs and by method. A panel varies one of them; the others have their most frequent value."""
     found = list(probes(args))
     if len({result["backbone"] for result, *_ in found}) > 1:
-        raise cli.UserError("forgetting compares runs of one backbone.")
+        raise cli.UserError("forgetting needs runs with the same backbone.")
     usual = {key: statistics.mode(result[key] for result, *_ in found) for key in ("task", "epochs", "variant", "method")}
     panels = {}  # title -> value -> probe errors
     for key, by, held in (("task", "task", ("variant", "epochs")), ("epochs", "epochs", ("task", "method")),
@@ -668,7 +677,7 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def source_features(args, n=1000):
-    """t-SNE of n CIFAR-10 test pictures: source embedder and encoder, as it was pretrained and as each run left it."""
+    """t-SNE of n CIFAR-10 test images by source embedder and encoder, for the pretrained encoder and that of each run."""
     train, test = cifar10(args)
     index = draw(torch.arange(len(test)), n)
     before = None, common.load_source(finished(args.runs[0])["backbone"])
@@ -693,24 +702,23 @@ def source_features(args, n=1000):
 def mismatch(P):
     """Modality knowledge discrepancy of P (K_t, K_s), the mean source probabilities of each target class, K_s >= K_t.
 
-        D = 1 - mean_c P'_{c, pi(c)}     pi one to one from target to source classes, the best sum of P_{c, pi(c)}
-                                         P' = P on the chosen source classes, every row made to sum to 1
+        D = 1 - mean_c P'_{c, pi(c)}     pi: one-to-one from target to source classes, maximises the sum of P_{c, pi(c)}
+                                         P' = P on the matched source classes, each row normalised to sum to 1
 
-    0: each target class is a source class of its own; 1 - 1 / K_t: they look alike to the source model.
+    0: each target class corresponds to one source class. 1 - 1 / K_t: the source model cannot distinguish the target classes.
     """
-    from scipy.optimize import linear_sum_assignment
-
     _, chosen = linear_sum_assignment(P, maximize=True)
     P = P[:, chosen]  # (K_t, K_t)
     return 1 - (P.diagonal() / P.sum(1)).mean()
 
 
 def discrepancy(args, classes=10, n=500, draws=5):
-    """Mismatch of p(source class | x) and p(target class | x), in an approximation of our own.
+    """Mismatch of p(source class | x) and p(target class | x), by our own approximation.
 
-    The source model: the pretrained backbone and a logistic regression on 5000 Tiny-ImageNet pictures of 200 classes. It sees
-    the target through the copied embedder. Chance depends on the number of classes: every task gets ten, drawn from its own, or
-    clusters of its fields; five draws, each of at most n training samples, give mean and standard deviation.
+    The source model is the pretrained backbone with a logistic regression on 5000 Tiny-ImageNet images of 200 classes. Its
+    input from the target comes from the copied embedder. Since D depends on the number of classes, each task is reduced to ten
+    random classes, or clusters if it has fields. Mean and standard deviation are those of five draws of at most n training
+    samples.
     """
     source = common.load_source(backbones.DEFAULT_BACKBONE["2d", "tiny"])
     pictures = images.read_tiny_imagenet(Path(args.data_dir), n=data.SOURCE_SAMPLES)
@@ -732,7 +740,7 @@ def discrepancy(args, classes=10, n=500, draws=5):
         axis.text(x, 0.03, f"{mean:.2f}", ha="center", color="white", weight="bold")
     axis.axhline(1 - 1 / classes, color="0.4", linestyle="--", linewidth=1.2)
     axis.set(ylim=(0, 1), ylabel="knowledge discrepancy D")
-    axis.set_title(f"{classes} classes each; dashed: classes that look alike", fontsize=11)
+    axis.set_title(f"{classes} classes each; dashed: indistinguishable classes", fontsize=11)
     plain(axis, grid="y")
     save(figure, args)
     return found
@@ -744,7 +752,7 @@ def discrepancy(args, classes=10, n=500, draws=5):
 
 
 def ablation(args):
-    """Test error of ORCA with another number of embedder epochs, another source, and parts frozen in stage 2."""
+    """Test error of ORCA by number of embedder epochs, by source, and by the parts frozen in stage 2."""
     rows = rows_of(args)
     sources = {row["source"]: row["method"] for row in rows if row["method"] in ("orca", "orca-proxy", "orca-proxy1d")}
     panels = {
@@ -766,7 +774,7 @@ def ablation(args):
 
 
 MANY = 999
-# what: the least and the most words that follow it, and who makes it
+# what: smallest and largest number of arguments after it, function
 COMMANDS = {
     "idea": (0, 0, idea), "pde": (0, 0, fields), "curves": (1, MANY, curves), "landscape": (2, 2, landscape),
     "path": (1, 1, path), "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches), "gate": (0, 0, gate),
@@ -784,4 +792,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.guarded(main, args)
+    cli.guarded(main, cli.command_line(Args, __doc__))

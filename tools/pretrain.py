@@ -1,9 +1,9 @@
-"""Pretrain a small Swin on pictures, a small RoBERTa on text: the backbones of everybody without a GPU or a network.
+"""Pretrain the tiny backbones: a small Swin on images and a small RoBERTa on text, for use without a GPU or a network.
 
     python tools/pretrain.py images --data-dir DIR         Tiny-ImageNet: weights/tiny-swin.safetensors and its card
-    python tools/pretrain.py text --data-dir DIR           plain English: weights/tiny-roberta.safetensors and its card
+    python tools/pretrain.py text --data-dir DIR           English text: weights/tiny-roberta.safetensors and its card
 
-A file carries its architecture (and its vocabulary), so `--backbone PATH` of the method files loads it, at any size.
+The file contains the architecture (and the vocabulary), so `--backbone PATH` of the method files loads models of any size.
 
 Shapes: B batch, C channels, H W sizes; T tokens of a sequence, M of them masked, V entries of the vocabulary.
 """
@@ -17,94 +17,94 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import backbones
 import cli
 import data
 from run import write
+from tasks.images import read_tiny_imagenet, resized_crop_and_flip
 
 
 @dataclass(frozen=True)
 class Images:
-    """A Swin that classifies Tiny-ImageNet."""
+    """Train a Swin on Tiny-ImageNet classification."""
 
     data_dir: str = "datasets"
-    """where tiny-imagenet-200/ or its zips lie"""
+    """folder with tiny-imagenet-200/ or its zip files"""
     out: str = "weights/tiny-swin"
-    """writes OUT.safetensors (fp16) and OUT.md, at the end of every epoch"""
+    """OUT.safetensors (fp16) and OUT.md are written after each epoch"""
     size: int = 32
-    """side of the input, in pixels; Tiny-ImageNet has 64"""
+    """input size in pixels; Tiny-ImageNet images have 64"""
     window: int = 4
-    """side of an attention window, in tokens"""
+    """size of the attention windows in tokens"""
     width: int = 64
-    """token width D; every later stage has twice the width of the one before"""
+    """token width D of the first stage; doubles with each stage"""
     depths: tuple[int, ...] = (2, 4)
-    """blocks in each stage; each stage after the first has a quarter of the tokens"""
+    """blocks per stage; each stage after the first has a quarter of the tokens of the one before"""
     epochs: int = 80
-    """more helps a little; without --cutmix the top-1 stood still at 0.28 from 44 to 56 of 100"""
+    """more epochs help a little; without --cutmix, top-1 stayed at 0.28 between epochs 44 and 56 of 100"""
     batch_size: int = 256
-    """samples in a step"""
+    """samples per step"""
     lr: float = 2e-3
-    """peak learning rate of AdamW, warmed up linearly, then a half cosine to 0"""
+    """peak learning rate of AdamW; linear warm-up, then cosine decay to 0"""
     weight_decay: float = 0.05
-    """of AdamW, on matrices only"""
+    """weight decay of AdamW, on matrices only"""
     label_smoothing: float = 0.1
-    """share of the label spread over all classes"""
+    """share of the label that is distributed over all classes"""
     crop: float = 0.25
-    """smallest area of the random crop; small models want gentle crops"""
+    """smallest area of the random crop; small models benefit from gentle crops"""
     cutmix: float = 0.5
-    """share of the batches in which every picture carries a box of another one, and its label in proportion"""
+    """share of the batches with CutMix: a box of each image, and the same share of its label, comes from another image"""
     seed: int = 0
-    """of weights, order and augmentation"""
+    """seed of weights, order and augmentation"""
     compile: bool = True
     """torch.compile; needs a C++ compiler on the CPU"""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A RoBERTa that fills in masked tokens."""
+    """Train a RoBERTa by masked language modelling."""
 
     data_dir: str = "datasets"
-    """where text/ (zips of plain text, CoNLL columns or word/tag pairs) and conll2003/train.txt lie; either will do"""
+    """folder with text/ (zips of plain text, CoNLL columns or word/tag pairs), conll2003/train.txt, or both"""
     out: str = "weights/tiny-roberta"
-    """writes OUT.safetensors (fp16) and OUT.md, and goes on from OUT.part after a stop"""
+    """OUT.safetensors (fp16) and OUT.md are written; an interrupted training resumes from OUT.part"""
     vocabulary: int = 3072
-    """entries of the byte-level BPE vocabulary, trained first"""
+    """size of the byte-level BPE vocabulary, which is trained first"""
     width: int = 128
     """token width D"""
     layers: int = 4
     """transformer layers"""
     heads: int = 4
-    """attention heads; the feed-forward layers are four times as wide as the tokens"""
+    """attention heads; the width of the feed-forward layers is four times the token width"""
     length: int = 64
-    """tokens of a training sequence; its place among the 512 positions varies, so that all of them are trained"""
+    """tokens of a training sequence; it starts at varying positions, so that all 512 are trained"""
     mask: float = 0.25
-    """share of the tokens to fill in; RoBERTa has 0.15, more of them teach a short training more"""
+    """share of masked tokens; RoBERTa uses 0.15, a larger share is better for a short training"""
     steps: int = 6000
-    """optimizer steps; the loss still falls slowly at the end"""
+    """optimizer steps; the loss still decreases slowly at the end"""
     batch_size: int = 16
-    """sequences in a step"""
+    """sequences per step"""
     lr: float = 1.5e-3
-    """peak learning rate of AdamW, warmed up linearly, then a half cosine to 0"""
+    """peak learning rate of AdamW; linear warm-up, then cosine decay to 0"""
     weight_decay: float = 0.01
-    """of AdamW, on matrices only"""
+    """weight decay of AdamW, on matrices only"""
     seed: int = 0
-    """of weights, order and masks"""
+    """seed of weights, order and masks"""
     save_every: int = 1000
-    """steps between two checkpoints"""
+    """steps between checkpoints"""
     compile: bool = True
     """torch.compile; needs a C++ compiler on the CPU"""
 
-
-if __name__ == "__main__":
-    args = cli.command_line(Images | Text, __doc__)
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
@@ -112,7 +112,7 @@ from tqdm import tqdm
 
 CARD = """# {name}
 
-A Swin transformer of {parameters:.2f}M parameters for {size} x {size} pictures: {tokens} tokens of width {width}, depths
+A Swin transformer of {parameters:.2f}M parameters for {size} x {size} images: {tokens} tokens of width {width}, depths
 {depths}.
 
 | | |
@@ -127,7 +127,10 @@ A Swin transformer of {parameters:.2f}M parameters for {size} x {size} pictures:
 
 
 def cutmix(x, y):
-    """CutMix (Yun et al. 2019), one box for the batch: the pictures, the labels in the box, and the box's share of the area."""
+    """CutMix (Yun et al. 2019) with one box for the whole batch. x (B, C, size, size), y (B,)
+
+    Returns: mixed images (B, C, size, size), labels of the images in the box (B,), area of the box as a share of the image.
+    """
     size = x.shape[-1]
     side = round(size * (1 - torch.rand(()).item()) ** 0.5)
     top, left = torch.randint(size - side + 1, (2,)).tolist()
@@ -141,11 +144,11 @@ def images(args):
     torch.manual_seed(args.seed)
     proxy, start = data.PROXIES["tiny_imagenet"], time.time()
     splits = {
-        s: data.Split(*images.read_tiny_imagenet(Path(args.data_dir), split=s), 200, "official", proxy, device)
+        s: data.Split(*read_tiny_imagenet(Path(args.data_dir), split=s), 200, "official", proxy, device)
         for s in ("train", "val")
     }
     train, val = splits["train"], splits["val"]
-    train.augment = lambda x, u: resized(images.resized_crop_and_flip(x, u, scale=(args.crop, 1)))
+    train.augment = lambda x, u: resized(resized_crop_and_flip(x, u, scale=(args.crop, 1)))
     print(f"{len(train):,} training and {len(val):,} validation images read in {time.time() - start:.0f} s")
 
     def resized(x):  # (B, 3, 64, 64) -> (B, 3, size, size)
@@ -176,7 +179,7 @@ def images(args):
         return torch.cat(right).float().mean().item()
 
     def save(epoch):
-        """Weights and card, together; the top-1 is that of the rounded weights."""
+        """Write the weights and the card. Returns the top-1 accuracy of the fp16 weights."""
         weights = {k: v.half() for k, v in model.state_dict().items()}
         rounded = backbones.build_swin(**architecture).to(device)
         rounded.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
@@ -247,15 +250,15 @@ BPE vocabulary of {entries:,} entries, kept in the same file.
 | size | {megabytes:.1f} MB, fp16 |
 | licence | the weights are ours (MIT); the texts, none of which is in this file, keep their owners' terms (CoNLL: research) |
 """
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's, with its ids of the first four
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # as in RoBERTa; the first four have the same ids
 MASK, PIECE = SPECIAL.index("<mask>"), 10_000
 
 
 def plain(text):
-    """Words with single spaces between them, out of CoNLL columns, word/tag pairs (Brown) or plain text."""
+    """Convert CoNLL columns, word/tag pairs (Brown) or plain text to words separated by single spaces."""
     lines = [line.split() for line in text.splitlines()]
     filled = [line for line in lines if line]
-    if len({len(line) for line in filled[:1000]}) == 1 and len(filled[0]) in (3, 4):  # columns, a word in each line
+    if len({len(line) for line in filled[:1000]}) == 1 and len(filled[0]) in (3, 4):  # columns, one word per line
         return " ".join(line[0] for line in filled)
     words = [word for line in filled for word in line]
     if all("/" in word for word in words[:1000]):
@@ -264,9 +267,10 @@ def plain(text):
 
 
 def read_texts(data_dir):
-    """{name: text} of every zip in data_dir/text and of data_dir/conll2003/train.txt; test files are left out.
+    """Read all zips in data_dir/text and data_dir/conll2003/train.txt; test files are skipped.
 
-    Raises UserError if there is none, or a zip is damaged.
+    Returns: name -> text.
+    Raises: UserError if there is no text, or if a zip is damaged.
     """
     texts = {}
     for path in sorted(Path(data_dir).glob("text/*.zip")):
@@ -275,21 +279,19 @@ def read_texts(data_dir):
                 names = [n for n in sorted(file.namelist()) if not n.endswith(("/", "README", "cats.txt", "test.txt"))]
                 texts[path.stem] = " ".join(plain(file.read(name).decode("utf-8", "replace")) for name in names)
         except (zipfile.BadZipFile, OSError) as error:
-            raise cli.UserError(f"{path} is not a whole zip ({error}).\nRemove it, or fetch it again.") from error
+            raise cli.UserError(f"{path} is not a complete zip file ({error}).\nRemove it or download it again.") from error
     conll = Path(data_dir) / "conll2003" / "train.txt"
     if conll.exists():
         texts["conll2003"] = plain(conll.read_text())
     if not any(texts.values()):
         raise cli.UserError(
-            f"no text in {data_dir}.\nIt should hold text/*.zip or conll2003/train.txt; say where: --data-dir."
+            f"no text in {data_dir}.\nGive the folder with text/*.zip or conll2003/train.txt: --data-dir."
         )
     return texts
 
 
 def train_tokenizer(texts, entries):
-    """A byte-level BPE vocabulary (Sennrich et al. 2016) of the tokenizers library, with RoBERTa's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
+    """Train a byte-level BPE vocabulary (Sennrich et al. 2016) with the special tokens of RoBERTa."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -301,19 +303,19 @@ def train_tokenizer(texts, entries):
 
 @torch.no_grad()
 def look_at_neighbours(model):
-    """Start the first layer's heads at the neighbours -1, +1, -2, +2 ..., where a missing word is best guessed from.
+    """Initialise the heads of the first layer to attend to the neighbours -1, +1, -2, +2 ..., the best hints at a masked word.
 
-    Positions start as sin(w p), cos(w p) (Vaswani et al. 2017) with w from pi downwards. A head's query turns the fastest
-    of them by its shift d, its key takes them as they are, so their product sum_w cos(w (p + d - p')) is largest at p' = p + d.
-    All of it is trained further. From random queries, which see the average of the whole sequence, 3,000 steps led no further
-    than 6.15 nats (unigrams 6.80), a bag of words.
+    The position embeddings are initialised to sin(w p), cos(w p) (Vaswani et al. 2017), with w from pi downwards. The query of
+    a head rotates those with the largest w by its shift d, and its key copies them, so their product
+    sum_w cos(w (p + d - p')) is largest at p' = p + d. All of these weights are trained further. Random queries attend to the
+    average of the whole sequence: after 3,000 steps they only reached 6.15 nats, a bag of words (unigrams: 6.80).
     """
     table, attention = model.embeddings.position_embeddings.weight, model.encoder.layer[0].attention.self
     n, width = table[2:].shape
     w = torch.pi * 1000 ** -torch.linspace(0, 1, width // 2)  # (D / 2,)
     angles = torch.arange(n)[:, None] * w  # (n, D / 2)
     table[2:] = 0.06 * torch.cat([angles.sin(), angles.cos()], 1)  # (n, D)
-    half = width // attention.num_attention_heads // 2  # frequencies of a head
+    half = width // attention.num_attention_heads // 2  # frequencies per head
     sines, cosines = torch.arange(half), width // 2 + torch.arange(half)
     for head in range(attention.num_attention_heads):
         shift = (head // 2 + 1) * (-1) ** (head + 1)  # d
@@ -326,12 +328,12 @@ def look_at_neighbours(model):
 
 
 def hide(x, share, entries, generator):
-    """What the model sees and what it has to find: BERT's 80/10/10 rule on `share` of the tokens of each sequence.
+    """Mask a `share` of the tokens of each sequence by BERT's 80/10/10 rule.
 
     Args:
         x (B, T): token ids.
-    Returns: the ids with M = share * T of each row hidden (80% become <mask>, 10% a random entry, 10% stay) (B, T); the
-        places of the hidden ones, counted through the flat batch (B * M,).
+    Returns: token ids with M = share * T hidden tokens per row (80% become <mask>, 10% a random entry, 10% are unchanged)
+        (B, T); indices of the hidden tokens in the flattened batch (B * M,).
     """
     B, T = x.shape
     M = max(1, round(share * T))
@@ -345,13 +347,11 @@ def hide(x, share, entries, generator):
 
 
 def text(args):
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     start = time.time()
     texts = read_texts(args.data_dir)
-    piece = min(PIECE, sum(map(len, texts.values())) // 100 + 1)  # characters
+    piece = min(PIECE, sum(map(len, texts.values())) // 100 + 1)  # characters per piece
     pieces = [t[i : i + piece] for t in texts.values() for i in range(0, len(t), piece)]
     path = Path(args.out).with_suffix(".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -360,10 +360,10 @@ def text(args):
     ids = [torch.tensor(tokenizer.encode(p).ids) for p in pieces]
 
     def packed(parts):
-        """One stream of tokens, cut into sequences: (n, T)."""
+        """Concatenate the tokens of all parts and cut them into sequences: (n, T)."""
         stream = torch.cat(parts)
         if len(stream) < args.length:
-            raise cli.UserError(f"{args.data_dir} holds {len(stream)} tokens of text, too few for one --length {args.length}.")
+            raise cli.UserError(f"{args.data_dir} has {len(stream)} tokens of text, too few for --length {args.length}.")
         return stream[: len(stream) // args.length * args.length].view(-1, args.length)
 
     val = packed(ids[49::50])
@@ -376,8 +376,8 @@ def text(args):
                         attention_probs_dropout_prob=0.0)  # fmt: skip
     positions = architecture["max_position_embeddings"] - 2
     if args.length > positions:
-        raise cli.UserError(f"--length {args.length} is more than the {positions} positions.")
-    model = RobertaForMaskedLM(RobertaConfig(**architecture))
+        raise cli.UserError(f"--length {args.length} must be at most {positions}, the number of positions.")
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**architecture))
     look_at_neighbours(model.roberta)
     model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -391,7 +391,7 @@ def text(args):
     )
 
     def logits(model, seen, places, offset):
-        """The model's logits at the hidden places, its sequences starting at position `offset`. (B, T) -> (B * M, V)"""
+        """Logits at the hidden tokens; the sequences start at position `offset`. seen (B, T) -> (B * M, V)"""
         position = 2 + offset + torch.arange(seen.shape[1], device=seen.device).expand_as(seen)  # (B, T)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # slower on a CPU at this width
             features = model.roberta(seen, position_ids=position).last_hidden_state  # (B, T, D)
@@ -401,7 +401,7 @@ def text(args):
 
     @torch.no_grad()
     def score(model):
-        """Accuracy and loss of the model and of the unigram distribution on the same hidden tokens of the held-out text."""
+        """Accuracy and loss of the model and of the unigram distribution, on the same hidden tokens of the held-out text."""
         counts = torch.bincount(train.flatten(), minlength=entries).float() + 1  # (V,)
         unigram, right, losses, targets = (counts / counts.sum()).log(), [], [], []
         generator = torch.Generator().manual_seed(0)
@@ -420,10 +420,10 @@ def text(args):
         }
 
     def save(step):
-        """Weights and card, together; the score is that of the rounded weights. And what is needed to go on."""
+        """Write the weights, the card and the checkpoint. Returns the scores of the fp16 weights."""
         weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.decoder.weight"}  # tied
-        weights.pop("lm_head.decoder.bias", None)  # lm_head.bias under its other name
-        rounded = RobertaForMaskedLM(RobertaConfig(**architecture)).to(device).eval()
+        weights.pop("lm_head.decoder.bias", None)  # the same tensor as lm_head.bias
+        rounded = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**architecture)).to(device).eval()
         rounded.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
         save_file(weights, path, metadata={"architecture": json.dumps(architecture), "tokenizer": tokenizer.to_str()})
         scores = score(rounded)
@@ -466,12 +466,12 @@ def text(args):
         state = torch.load(path.with_suffix(".part"), map_location=device, weights_only=True)
         if state["args"] != asdict(args):
             raise cli.UserError(
-                f"{path.with_suffix('.part')} belongs to other options.\nRepeat them, or remove it to start over."
+                f"{path.with_suffix('.part')} belongs to other options.\nUse the same options, or remove it to start over."
             )
         for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(state[name])
         first, before = state["step"], state["seconds"]
-        print(f"goes on after step {first}")
+        print(f"resumed after step {first}")
     model.train()
     losses = []
     for step in tqdm(range(first, args.steps), "steps", leave=False, disable=None):
@@ -481,11 +481,11 @@ def text(args):
         x = train[order[torch.arange(place, place + args.batch_size) % len(train)]]  # (B, T)
         seen, places = hide(x, args.mask, entries, generator)
         y = x.flatten()[places].to(device)  # (B * M,)
-        # half of the sequences start at the first position, as all of them do in use, the others anywhere
+        # half of the sequences start at the first position, as they do when the model is used; the others anywhere
         offset = torch.randint(positions - args.length + 1, (len(x), 1), generator=generator)
         offset *= torch.rand(len(x), 1, generator=generator) < 0.5  # (B, 1)
         out = forward(model, seen.to(device), places.to(device), offset.to(device))  # (B * M, V)
-        loss = F.cross_entropy(out, y)  # -log p(token | the sequence with M tokens hidden)
+        loss = F.cross_entropy(out, y)  # -log p(token | sequence with M hidden tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -505,4 +505,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.guarded(main, args)
+    cli.guarded(main, cli.command_line(Images | Text, __doc__))

@@ -1,21 +1,25 @@
-"""What an error is worth: plain models on the same split as a method's, for tools/reproduce.py.
+"""Reference models on the same splits as the methods, to put their errors into perspective; run by tools/reproduce.py.
 
-boosting, logistic    scikit-learn's, on the raw values: tasks with classes
-mean, input           the training set's mean; the input taken for the target: fields
-fourier               a small specialist for fields
+boosting, logistic    scikit-learn models on the raw values: tasks with classes
+mean, input           predict the mean of the training targets, or the input: fields
+fourier               a small Fourier neural operator: fields
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 
 class Fourier(nn.Module):
     """A small Fourier neural operator (Li et al. 2021) in one or two dimensions: v <- v + gelu(W v + F^-1 R F v), three times.
 
-    R is a complex matrix for each of the lowest frequencies. They are so few that the transform F is a product with their
-    waves, axis by axis. Places are additional inputs.
+    R is a complex matrix for each of the lowest frequencies. Since these are few, the transform F is a matrix product with
+    their waves, axis by axis. The coordinates are additional input channels.
     """
 
     def __init__(self, task, width=16, modes=12, layers=3):
@@ -46,7 +50,10 @@ class Fourier(nn.Module):
 
 
 def fourier(loaded, seed, epochs=10, batch_size=10):
-    """A Fourier operator trained on the task's loss with AdamW, 2e-3 falling to 0 linearly: about a minute on one core."""
+    """A Fourier neural operator trained on the task's loss by AdamW, learning rate 2e-3, linear decay to 0.
+
+    Takes about a minute on one core. Returns: predictions for the test set (n, *output).
+    """
     torch.manual_seed(seed)
     net, train, test = Fourier(loaded.task), loaded.train, loaded.test
     steps = len(train) // batch_size
@@ -63,38 +70,34 @@ def fourier(loaded, seed, epochs=10, batch_size=10):
 
 
 def mean(loaded, seed):
-    zero_is_mean = loaded.task.name == "darcy"  # its score adds the mean itself
+    """The mean of the training targets for every test sample."""
+    zero_is_mean = loaded.task.name == "darcy"  # its score adds the mean
     return (loaded.train.y.mean(0) * (not zero_is_mean)).expand_as(loaded.test.y)
 
 
 def same(loaded, seed):
-    """The first channel of the input. Darcy: the normalised coefficient taken for the normalised pressure."""
+    """The first channel of the input. Darcy: the normalised coefficient in place of the normalised pressure."""
     return loaded.test.inputs(slice(None))[:, 0].reshape(loaded.test.y.shape)
 
 
 def classifier(model, loaded):
+    """Fit a scikit-learn classifier on the flattened inputs. Returns: log probabilities for the test set (n, K)."""
     x, x_test = (part.inputs(slice(None)).flatten(1).numpy() for part in (loaded.train, loaded.test))
     model.fit(x, loaded.train.y.numpy())
     p = np.zeros((len(x_test), loaded.train.classes))
-    p[:, model.classes_] = model.predict_proba(x_test)  # columns are the classes seen in training
-    return torch.from_numpy(np.log(p + 1e-12))  # metrics take logits
+    p[:, model.classes_] = model.predict_proba(x_test)  # one column per class of the training set
+    return torch.from_numpy(np.log(p + 1e-12))  # the metrics expect logits
 
 
 def boosting(loaded, seed):
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
     return classifier(HistGradientBoostingClassifier(random_state=seed), loaded)
 
 
 def logistic(loaded, seed):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     return classifier(make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)), loaded)
 
 
-# name: (of which kind of target, (loaded, seed) -> test predictions)
+# name: (kind of target, (loaded, seed) -> predictions for the test set)
 REFERENCES = {
     "boosting": ("class", boosting), "logistic": ("class", logistic),
     "mean": ("field", mean), "input": ("field", same), "fourier": ("field", fourier),
@@ -102,7 +105,7 @@ REFERENCES = {
 
 
 def refer(name, loaded, seed):
-    """The task's error of a reference on the test set; None where it does not apply."""
+    """Test error of a reference by the task's metric; None if the reference does not fit the task."""
     target, predict = REFERENCES[name]
     if loaded.task.target != target or loaded.test.lazy:
         return None

@@ -1,12 +1,11 @@
-"""Tasks x methods x seeds: runs what is missing, resumes what was killed, writes results.csv and the tables, of
-several tasks also profile.png.
+"""Run tasks x methods x seeds, and compare them: results.csv, tables and, for several tasks, profile.png.
 
     python tools/reproduce.py --tasks spherical cifar100 --methods pare naive scratch --seeds 5 --n-train 2000
+    python tools/reproduce.py --tasks spherical --seeds 0          only the tables of the finished runs
 
-    python tools/reproduce.py --tasks spherical --seeds 0          the table of the runs there are
-
-A method is a file, a mode of finetune.py, a variant of one of them (variants.py), or a reference (references.py). Each run is a
-process of its own. They are forked from one that has imported everything, which saves a short run most of its time.
+Finished runs are skipped, interrupted runs are resumed. A method is a method file, a mode of finetune.py, a variant of one of
+them (variants.py), or a reference (references.py). Each run is a process, forked from one that has already imported everything:
+imports take most of the time of a short run.
 """
 
 import csv
@@ -27,20 +26,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from scipy.stats import wilcoxon
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
 from run import write
 from tasks import published
+from tools import references
+from tools.references import REFERENCES
 from tools.variants import METHODS, PATCHES
 
-PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.cluster", "matplotlib.pyplot")
-REFERENCES = ("boosting", "logistic", "mean", "input", "fourier")  # tools/references.py; those that fit the task
+matplotlib.use("Agg")
+
+# imported once, for all runs: the method files, what they import lazily, and this file
+PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.cluster", "tools.reproduce")
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
            "lr", "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
 
-# Published at full scale: ORCA, MoNA and PaRe papers. 0-1 errors of cifar100, spherical, ninapro and satellite as shares.
+# Published errors at full scale, from the ORCA, MoNA and PaRe papers. 0-1 errors are fractions, not percentages.
 PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
 PUBLISHED = {
     "cifar100": (0.0767, 0.0653, 0.0648, 0.0625), "spherical": (0.5526, 0.2985, 0.2713, 0.2555),
@@ -57,39 +65,33 @@ PUBLISHED = {
 @dataclass(frozen=True)
 class Args:
     tasks: tuple[str, ...] = ("spherical",)
-    """of `python data.py`"""
+    """tasks; `python data.py` lists them"""
     methods: tuple[str, ...] = ("pare", "orca", "mona", "naive", "warmup", "frozen", "scratch")
-    """files and modes: pare orca mona naive warmup frozen probe scratch; variants: tools/variants.py; references: boosting
-    logistic (classes), mean input fourier (fields)"""
+    """method files and modes: pare orca mona naive warmup frozen probe scratch; variants: see tools/variants.py; references:
+    boosting logistic (classes), mean input fourier (fields)"""
     seeds: int = 3
-    """seeds 0, 1, ..., each a run of its own. 0: only the tables of what there is"""
+    """number of seeds, from seed 0. 0: only the tables of the finished runs"""
     n_train: int | None = None
-    """training samples used by every run"""
+    """training samples of each run. Default: the recipe of the task"""
     scale: str = "tiny"
     """tiny, full or auto"""
     data_dir: str = "datasets"
-    """where the official files lie"""
+    """folder with the official files"""
     out_dir: str = "runs"
-    """a variant's runs lie in a folder of its name in here. Give every choice of options an --out-dir of its own"""
+    """output folder; the runs of a variant are in its subfolder of that name. Use one --out-dir for each set of options"""
     options: str = ""
-    """more options for every run, which all of its methods must know, with the equals sign: --options="--epochs 2" """
+    """additional options for all runs, known to all methods; with an equals sign: --options="--epochs 2" """
     jobs: int = 2
-    """runs at a time: they share the CPU cores evenly, and take the GPUs in turn"""
-
-
-if __name__ == "__main__":
-    args = cli.command_line(Args, __doc__)
-
-import torch
+    """number of parallel runs; they share the CPU cores evenly and are distributed over the GPUs"""
 
 
 def folder(out_dir, method):
-    """Where the runs of a method lie: variants have a folder of their own, since a run's name says only file or mode."""
+    """Parent folder of the runs of a method. Each variant has its own: the name of a run contains only its file or mode."""
     return Path(out_dir) / method if "-" in method else Path(out_dir)
 
 
 def train(method, options):
-    """One run, as the command `python FILE OPTIONS`."""
+    """One run of a method, like the command `python FILE OPTIONS`."""
     file, *own = shlex.split(METHODS[method])
     module = importlib.import_module(file.removesuffix(".py"))
     PATCHES.get(method, lambda module: None)(module)
@@ -98,9 +100,7 @@ def train(method, options):
 
 
 def refer(method, args, task, seed, out):
-    """A reference on the split of a run of that seed; nothing if it does not fit the task."""
-    from tools import references
-
+    """One run of a reference, on the split of the methods with this seed. Does nothing if it does not fit the task."""
     began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
     loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
     error = references.refer(method, loaded, seed)
@@ -113,7 +113,7 @@ def refer(method, args, task, seed, out):
 
 
 def child(log, device, threads, function, *arguments):
-    """`function` in this new process; what it prints goes to the file `log`. It does not outlive the process it comes from."""
+    """Main function of a new process: calls `function`, writes its output to the file `log`, exits if the parent exits."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with open(log, "w") as stream:
@@ -125,11 +125,11 @@ def child(log, device, threads, function, *arguments):
     cli.guarded(function, *arguments)
 
 
-STARTING = threading.Lock()  # a process started by one thread collects the exit codes of the others', which can be read once
+STARTING = threading.Lock()  # starting a process reaps the finished ones of other threads; an exit code can be read only once
 
 
 def start(args, task, method, seed, device, context):
-    """One run in a process of its own, unless it is finished. Returns whether it succeeded."""
+    """Start a run in a new process and wait for it; skip it if it is finished. Returns: whether it succeeded."""
     out = folder(args.out_dir, method)
     if method in REFERENCES:
         work = refer, method, args, task, seed, out / f"{task}-{method}-s{seed}"
@@ -141,7 +141,7 @@ def start(args, task, method, seed, device, context):
         work = train, method, options
         file, *own = shlex.split(METHODS[method])
         mode = own[1] if file == "finetune.py" else file.removesuffix(".py")
-        finished = list(out.glob(f"{task}-{mode}-*-s{seed}/result.json"))  # toys are asked: real data may be there by now
+        finished = list(out.glob(f"{task}-{mode}-*-s{seed}/result.json"))  # not -s0-toy: real data may be available now
     if finished:
         return True
     threads, began = max(1, (os.cpu_count() or 1) // args.jobs), time.perf_counter()
@@ -161,7 +161,7 @@ def start(args, task, method, seed, device, context):
 
 
 def same_options(args):
-    """Refuse an --out-dir whose runs of a task had other options: they would be taken for these."""
+    """Refuse an --out-dir with runs of a task with other options (UserError): they would be mistaken for the new ones."""
     note = Path(args.out_dir) / "options.json"
     before = json.loads(note.read_text()) if note.exists() else {}
     chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
@@ -173,14 +173,14 @@ def same_options(args):
 
 
 def read(file):
-    """A run's result.json, and its learning rate; its method is the variant whose folder it lies in."""
+    """The result.json of a run, with its learning rate. The method of a variant is the name of the variant."""
     row, variant, options = json.loads(file.read_text()), file.parent.parent.name, file.with_name("args.json")
-    row["lr"] = json.loads(options.read_text())["lr"] if options.exists() else None  # a reference has none
+    row["lr"] = json.loads(options.read_text())["lr"] if options.exists() else None  # references have none
     return row | ({"method": variant} if "-" in variant and variant in METHODS else {})
 
 
 def collect(out_dir):
-    """A row for each finished run in `out_dir` and its variants' folders, as in results.csv; a real one instead of a toy."""
+    """The rows of results.csv: the finished runs in `out_dir` and the folders of variants; real data replace toys."""
     rows = {}
     variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
@@ -192,17 +192,18 @@ def collect(out_dir):
 
 
 def spread(values):
-    """Mean ± standard deviation."""
+    """Format mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
 def of(rows, **wanted):
+    """The rows with these values: of(rows, task="darcy", method="pare")."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def table(rows, task):
-    """One task in Markdown: test error of the epoch best on validation, and of the last one, mean ± standard deviation."""
+    """Print the results of one task in Markdown: test error at the best and at the last epoch, mean ± std over seeds."""
     first = of(rows, task=task)[0]
     print(f"\n{task}: {first['data']} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
     print("| method | test, epoch best on validation | test, last epoch | n | epochs | minutes | published, full scale |")
@@ -216,13 +217,13 @@ def table(rows, task):
 
 
 def everywhere(rows):
-    """The tasks of the rows, and the methods that ran on all of them."""
+    """The tasks of the rows, and the methods that have runs on all of them."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     return tasks, [method for method in METHODS if all(of(rows, task=task, method=method) for task in tasks)]
 
 
 def overview(rows):
-    """Several tasks side by side: test error of the epoch best on validation, of the methods that ran on all of them."""
+    """Print a Markdown table of tasks and methods: test error at the best epoch, for methods with runs on all tasks."""
     tasks, methods = everywhere(rows)
     print(f"\n| method | {' | '.join(tasks)} |\n|---" + "|---" * len(tasks) + "|")
     for method in methods:
@@ -231,14 +232,11 @@ def overview(rows):
 
 
 def profile(rows, path):
-    """Performance profile (PaRe, figure 3): on which share of the tasks is a method's mean error, at the epoch best on
-    validation, within a factor tau of the best method's? Of the methods that ran on every task. Returns method -> factors.
+    """Plot performance profiles (figure 3 of PaRe) of the methods that have runs on all tasks.
+
+    profile(tau) is the share of the tasks on which the error of a method is within a factor tau of the error of the best method
+    on that task. Errors are means over seeds, at the epoch that is best on validation. Returns: method -> sorted factors.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tasks, methods = everywhere(rows)
     mean = lambda task, method: statistics.mean(row["test"] for row in of(rows, task=task, method=method))
     errors = {method: [mean(task, method) for task in tasks] for method in methods}
@@ -261,17 +259,15 @@ def profile(rows, path):
     return factors
 
 
-SATURATED = ("openml187", "openml1510", "openml28")  # a test error of one or two rows: no method can be told from another
+SATURATED = ("openml187", "openml1510", "openml28")  # one or two wrong test rows: methods do not differ
 
 
 def paired(rows, base="naive"):
-    """Every method against `base`, paired by task: is the difference more than chance?
+    """Print a paired comparison of each method with `base` over tasks, with Wilcoxon's signed-rank test.
 
-    A task counts once, with its mean over the seeds that both have, as a share of the base's mean. Tables where every method is
-    at the ceiling are left out. p: Wilcoxon's signed-rank test over tasks; with T tasks it cannot be below 2^(1 - T).
+    A task counts once: the mean error over the seeds that both have, relative to that of the base. Saturated tables are left
+    out. With T tasks, p is at least 2^(1 - T).
     """
-    from scipy.stats import wilcoxon
-
     head = "tasks (pairs) | better, worse | median difference | p |"
     print(f"\n| method against {base} | best epoch: {head} last epoch: {head}")
     print("|---" * 9 + "|")
@@ -298,17 +294,17 @@ def main(args):
     for task in args.tasks:
         data.find_task(task)
     if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
-        raise cli.UserError(f"there is no method {unknown[0]!r}; there are {', '.join((*METHODS, *REFERENCES))}.")
+        raise cli.UserError(f"unknown method {unknown[0]!r}.\nAvailable: {', '.join((*METHODS, *REFERENCES))}.")
     args = replace(args, scale=("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale)
     if args.seeds:
         same_options(args)
-    # Windows has no fork: there each run imports everything itself
+    # without fork (Windows), each run imports everything itself
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     context.set_forkserver_preload(PRELOAD)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = gpus.split(",") if torch.cuda.is_available() else [None]
-    devices = queue.SimpleQueue()  # those that are free
+    devices = queue.SimpleQueue()  # free GPUs
     for slot in range(args.jobs):
         devices.put(gpus[slot % len(gpus)])
 
@@ -319,12 +315,12 @@ def main(args):
         finally:
             devices.put(device)
 
-    for out in {folder(args.out_dir, method) for method in args.methods} - {Path(args.out_dir)}:  # prepared data are shared
+    for out in {folder(args.out_dir, method) for method in args.methods} - {Path(args.out_dir)}:  # share prepared data
         out.mkdir(parents=True, exist_ok=True)
         (Path(args.out_dir) / "cache").mkdir(exist_ok=True)
         if not (out / "cache").exists():
             (out / "cache").symlink_to(Path("..") / "cache")
-    wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # one seed of everything first
+    wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # seed 0 of all tasks and methods comes first
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
     everything = collect(args.out_dir)
@@ -342,8 +338,8 @@ def main(args):
                 profile(rows, Path(args.out_dir) / "profile.png")
         paired(rows)
     if not all(done):
-        raise cli.UserError(f"{done.count(False)} of {len(done)} runs failed; the same command tries them again.")
+        raise cli.UserError(f"{done.count(False)} of {len(done)} runs failed.\nRun the same command again to repeat them.")
 
 
 if __name__ == "__main__":
-    cli.guarded(main, args)
+    cli.guarded(main, cli.command_line(Args, __doc__))

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Everything that docs/results.md reports: bash tools/study.sh DATA_DIR OUT_DIR. About three hours on two CPU cores;
-# what is finished is skipped. The most important comes first. The figures at the end need seconds to minutes each.
+# All results of docs/results.md: bash tools/study.sh DATA_DIR OUT_DIR. Takes about three hours on two CPU cores. Finished runs
+# are skipped; the most important runs come first. Each figure at the end takes seconds to minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
 run() { python tools/reproduce.py --data-dir "$data" --out-dir "$runs" "$@"; }
 
 everything="scratch frozen naive warmup orca orca-released mona pare pare-released"
-pde="scratch frozen naive warmup orca mona pare" # as released, data and targets of PDE tasks are others
+pde="scratch frozen naive warmup orca mona pare" # no -released: it changes data and targets of PDE tasks
 start="naive-random pare-random orca-random mona-random naive-20 naive-long naive-short"
 details="pare-end pare-share pare-highest pare-frozen-gate pare-noise
          orca-one-class naive-released naive-test naive-mean naive-sum"
 gate="pare-k0.2 pare-k0.9 pare-chance pare-chance0.2 pare-chance0.9"
 orca="orca-e5 orca-e60 orca-freeze-embedder orca-freeze-encoder orca-freeze-both"
-fields="--source cifar10 --lr 3e-3" # PaRe's published source of fields, VOC, was not at hand
-rate="--lr 3e-3"                    # of 1D fields, too; 1e-3, the default, of all else: the best on validation, see the next lines
+fields="--source cifar10 --lr 3e-3" # not VOC, PaRe's published source for fields, which was not available
+rate="--lr 3e-3"                    # 1D fields, too; all other tasks: the default 1e-3. The best on validation, see below
 
-# The learning rate, chosen on validation by every method alike: a task of each kind, one seed.
+# Learning rates, selected on validation for all methods in the same way: one task of each kind, one seed.
 for lr in 3e-4 1e-3 3e-3 1e-2; do
   tune() { run --out-dir "$runs/rate-$lr" --seeds 1 --methods scratch naive orca mona pare "$@"; }
   tune --tasks cifar100 --n-train 1000 --options="--lr $lr"
@@ -57,7 +57,7 @@ draw gate --task cifar100
 draw source "$runs"/{cifar100,darcy}-{naive,mona,pare}-tiny-swin-s0
 draw forgetting "$runs"/{cifar100,spherical,darcy,shallow_water2d}-naive-tiny-swin-s[0-2] \
   "$runs"/cifar100-{frozen,warmup,orca,mona,pare}-tiny-swin-s[0-2] "$runs"/naive-{short,long}/cifar100-*-s[0-2]
-draw probe "$runs"/darcy-{naive,orca,mona,pare}-tiny-swin-s[0-2] # a table, printed
+draw probe "$runs"/darcy-{naive,orca,mona,pare}-tiny-swin-s[0-2] # prints a table
 draw discrepancy
 draw ablation --task cifar100
 out=docs/figures/satellite draw ablation --task satellite

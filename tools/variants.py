@@ -1,7 +1,7 @@
-"""What is compared: the methods, and variants that differ from them in one thing.
+"""The methods to compare, and variants that differ from a method in one respect.
 
-Most variants are options. What is no option, because no reader should want it, is a patch: a function that changes one thing in
-the imported method before it runs. `tools/reproduce.py` runs both and keeps each variant in a folder of its own.
+Most variants are options. Changes that are only of use in this comparison are not options but patches: functions that modify
+the imported method file before it runs. `tools/reproduce.py` runs both and writes each variant to its own folder.
 """
 
 from dataclasses import replace
@@ -12,23 +12,23 @@ METHODS = {
     "mona": "mona.py",
     **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
-    "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: for a CPU
-    "naive-released": "finetune.py --mode naive --as-released",  # O2: another start of the embedder
-    # ---- how much is the start of the embedder (P1, O1), how much is compute
+    "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: faster on a CPU
+    "naive-released": "finetune.py --mode naive --as-released",  # O2: different initial embedder
+    # ---- initial embedder (P1, O1), and equal compute
     "pare-random": "pare.py --init random",
     "orca-random": "orca.py --init random",
     "mona-random": "mona.py --init random",
     "naive-random": "finetune.py --mode naive --init random",
-    "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: as many samples through the encoder as PaRe in 12
-    "naive-20": "finetune.py --mode naive --epochs 20",  # as many as MoNA in 12
+    "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: encodes as many samples as PaRe in 12 epochs
+    "naive-20": "finetune.py --mode naive --epochs 20",  # as many as MoNA in 12 epochs
     "naive-short": "finetune.py --mode naive --epochs 3",
-    # ---- PaRe: one row of docs/paper-vs-code.md each
-    "pare-end": "pare.py --k-end 0.16",  # P2: k falls to the official 500 of 3136
+    # ---- PaRe: rows of docs/paper-vs-code.md
+    "pare-end": "pare.py --k-end 0.16",  # P2: k decreases to 500 of 3136, as in the official code
     "pare-share": "pare.py --ratio k/N",  # P3
     "pare-highest": "pare.py",  # P4: the highest-scored target patches are replaced
     "pare-frozen-gate": "pare.py",  # P5
     "pare-noise": "pare.py --gate-noise 1",  # P6
-    # ---- PaRe: the gate against chance; noise that drowns the scores is a choice at random
+    # ---- PaRe: the gate against random selection, which is the same as very large noise on the scores
     "pare-k0.2": "pare.py --k-begin 0.2",
     "pare-k0.4": "pare.py --k-begin 0.4",
     "pare-k0.9": "pare.py --k-begin 0.9",
@@ -42,12 +42,12 @@ METHODS = {
     "orca-e60": "orca.py --embedder-epochs 60",
     "orca-proxy": "orca.py --source tiny_imagenet",
     "orca-proxy1d": "orca.py --source conll2000",
-    "orca-freeze-embedder": "orca.py",  # in stage 2
+    "orca-freeze-embedder": "orca.py",  # stage 2 only
     "orca-freeze-encoder": "orca.py",
     "orca-freeze-both": "orca.py",
-    # ---- the protocol
-    "naive-test": "finetune.py --mode naive",  # O11: the best epoch on the test set
-    # O14: four gradients averaged; added up: lr (sum g + wd w) = 4 lr (mean g + wd / 4 w)
+    # ---- protocol
+    "naive-test": "finetune.py --mode naive",  # O11: the best epoch is selected on the test set
+    # O14: four gradients are averaged or summed: lr (sum g + wd w) = 4 lr (mean g + wd / 4 w)
     "naive-mean": "finetune.py --mode naive --optimizer sgd --lr 0.003 --batch-size 8 --accumulate 4 --clip 0",
     "naive-sum": "finetune.py --mode naive --optimizer sgd --lr 0.012 --weight-decay 0.0125 --batch-size 8 --accumulate 4"
     " --clip 0",
@@ -65,7 +65,7 @@ def frozen_gate(pare):
 
 
 def freeze(*parts):
-    """In stage 2 these parts of the model stay as stage 1 left them."""
+    """Freeze these parts of the model in stage 2."""
 
     def patch(method):
         class Run(method.Run):
@@ -89,7 +89,7 @@ def choose_on_test(method):
     method.data.load = loaded
 
 
-# variant -> what is done to the imported method, in a process that runs nothing else
+# variant -> function that modifies the imported method file; each run has its own process
 PATCHES = {
     "pare-highest": highest,
     "pare-frozen-gate": frozen_gate,
