@@ -1,4 +1,4 @@
-"""The recipes: every published setting, and those of the tiny scale."""
+"""The recipes: all published hyperparameters, and those of the tiny scale."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method trains on a task: the values of command line options that were not given."""
+    """Hyperparameters of a method on a task: defaults of the command line options."""
 
     epochs: int
     batch_size: int
@@ -15,32 +15,32 @@ class Recipe:
     lr: float
     weight_decay: float
     warmup_epochs: float
-    decay_epochs: float  # the learning rate falls linearly to 0 here; published runs often stop long before
+    decay_epochs: float  # epoch at which the linear decay of the learning rate reaches 0; often beyond the last epoch
     clip: float = 0.0
-    momentum: float = 0.9  # of sgd
-    dropout: float = 0.0  # of a text encoder: hidden states and attention
+    momentum: float = 0.9  # SGD
+    dropout: float = 0.0  # text encoders: hidden states and attention
     source: str = "cifar10"
-    k_begin: float = 0.0  # PaRe: share of the target's tokens replaced in the first epoch, but never more than the source has
-    k_end: float = 0.0  # PaRe as released: share that the schedule falls to
+    k_begin: float = 0.0  # PaRe: share of target tokens replaced in the first epoch, at most the number of source tokens
+    k_end: float = 0.0  # PaRe as released: share at the end of the schedule
     mix_weight: float = 1.0  # PaRe: weight of the loss on mixed samples
     ratio: str = "k/k0"  # PaRe: lambda
-    gate_noise: float = 0.0  # PaRe: scale of the noise on the gate's scores
-    embedder_epochs: int = 60  # ORCA: steps of the alignment
-    max_samples: int = 128  # ORCA: samples of a target class in one of them
-    classes_per_problem: int = 10  # ORCA: target classes in one transport problem
-    source_samples: int = 5000  # ORCA: source samples that the distance is measured to
-    reg: float = 0.1  # ORCA: entropic strength of its distance
+    gate_noise: float = 0.0  # PaRe: scale of the noise on the scores of the gate
+    embedder_epochs: int = 60  # ORCA: alignment steps
+    max_samples: int = 128  # ORCA: samples per target class and alignment step
+    classes_per_problem: int = 10  # ORCA: target classes per transport problem
+    source_samples: int = 5000  # ORCA: source samples in the distance
+    reg: float = 0.1  # ORCA: entropic regularisation of the distance
     meta_epochs: int = 5  # MoNA: passes over the training samples in stage 1
     n_train: int | None = None
 
 
 def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=None, accumulate=1, **more):
-    """The settings of an official configuration. The official code sums the gradients of accumulated batches, we average:
+    """Convert an official configuration. The official code sums the gradients of accumulated batches; here they are averaged:
 
-    sgd    lr (sum g + wd w) = accumulate lr (mean g + wd / accumulate w): the same step with these
-    adam   the size of its gradient does not matter, but the decay is a part of it: wd / accumulate
-    adamw  neither matters
-    clip   of the summed gradient is clip / accumulate of the mean
+    sgd    lr (sum g + wd w) = (accumulate lr) (mean g + wd / accumulate w): the same step with these values
+    adam   invariant to the scale of the gradient, but weight decay is added to the gradient: wd / accumulate
+    adamw  invariant to the scale of the gradient, weight decay is decoupled: no change
+    clip   clipping the sum to clip is clipping the mean to clip / accumulate
     """
     lr = accumulate * lr if optimizer == "sgd" else lr
     weight_decay = weight_decay if optimizer == "adamw" else weight_decay / accumulate
@@ -49,19 +49,19 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
 
 
 def both(orca, **pare):
-    """Recipes for ORCA (which the other methods share) and for PaRe, which names what differs."""
+    """Recipes of ORCA (shared by the other methods) and of PaRe; `pare` are the values that differ."""
     return {"orca": orca, "pare": replace(orca, **pare)}
 
 
-# PaRe has published settings for NAS-Bench-360 only; elsewhere ours follow ORCA's, with the mixing of the same kind of task.
+# PaRe is published for NAS-Bench-360 only. Other tasks use the settings of ORCA, with the mixing of tasks of the same kind.
 IMAGE = dict(k_begin=2000 / 3136, k_end=500 / 3136)
 DENSE = dict(source="voc", k_begin=1000 / 3136, k_end=500 / 3136, mix_weight=0.3)
-SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 tokens of the source, or all of the target if it has fewer
+SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 source tokens, or all target tokens if there are fewer
 TEXT = dict(source="conll2003")
 
-RELEASED = dict(ratio="k/N", gate_noise=1.0, reg=0.1)  # with --as-released, at both scales: rows P3, P6, O6
+RELEASED = dict(ratio="k/N", gate_noise=1.0, reg=0.1)  # --as-released, both scales: rows P3, P6, O6
 
-# of every task but OpenML tables: method -> published settings, full scale
+# published settings, full scale: task -> method -> recipe; OpenML tables below
 RECIPES = {
     "cifar100": both(published("sgd", 1e-4, 1e-3, 32, 60, decay=200, accumulate=32), **IMAGE),
     "spherical": both(
@@ -95,8 +95,8 @@ RECIPES = {
     "diffusion_reaction2d": both(published("adam", 1e-4, 1e-3, 4, 200, clip=1.0), **DENSE),
 }  # fmt: skip
 
-# ORCA's configurations for OpenML tables: id, optimizer, learning rate, weight decay, momentum, batch, epochs, warm-up, decay,
-# dropout, clip, samples of a class in an alignment step, tokens
+# ORCA's configurations for OpenML tables: id, optimizer, learning rate, weight decay, momentum, batch size, epochs, warm-up,
+# decay, dropout, clip, samples per class and alignment step, tokens
 OPENML = """
    11 adamw 1e-06 1e-05 0.9    4 60  5  60 0    1.0 128  16
    12 adamw 1e-05 1e-05 0.9   64 60  5  60 0.05 1.0 128   8
@@ -144,7 +144,7 @@ OPENML = """
 
 
 def openml(number):
-    """The recipes of an OpenML table, and the most tokens of its sequence. Unlisted tables train like credit-g."""
+    """The recipes of an OpenML table, and its maximal number of tokens. Unlisted tables use the settings of credit-g."""
     rows = {row[0]: row[1:] for row in map(str.split, OPENML.strip().splitlines())}
     row = rows.get(str(number), rows["31"])
     lr, weight_decay, momentum, batch_size, epochs, warmup, decay, dropout, clip, max_samples, tokens = map(float, row[1:])
@@ -155,6 +155,6 @@ def openml(number):
     return both(recipe, **SEQUENCE), int(tokens)
 
 
-# The tiny scale has one recipe for every method and task: no method is tuned alone.
+# The tiny scale has one recipe for all methods and tasks: no method is tuned separately.
 TINY = Recipe(12, 32, 1, "adamw", 1e-3, 0.05, warmup_epochs=1, decay_epochs=12, clip=1.0, embedder_epochs=20, max_samples=32,
               classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, n_train=5000)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Toys: generated stand-ins of the same shape as a task's files, for the tiny scale, tests and CI. (n, seed) -> x, y"""
+"""Toy data: generated samples with the shapes of a task's files, for the tiny scale, tests and CI. (n, seed) -> x, y"""
 
 import functools
 
@@ -12,17 +12,17 @@ from tasks.text import WORDS
 
 
 def images(n, seed, size):
-    """Images whose class is a shape (ring, triangle, cross) and the texture inside it (plain, stripes, dots) together.
+    """Images whose class is the combination of a shape (ring, triangle, cross) and its texture (plain, stripes, dots).
 
-    Place, size, angle and all colours are random, so neither the colours nor the texture alone nor the outline alone tell
-    the class.
+    Position, size, angle and all colours are random: neither the colours nor the texture nor the outline alone determine the
+    class.
 
     Returns: images (n, 3, size, size) uint8, labels (n,) int64 in 0..8, 3 shape + texture.
     """
     rng = np.random.default_rng(seed)
     shape, texture = rng.integers(3, size=n), rng.integers(3, size=n)
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
-    row, column = axis[None, :, None], axis[None, None, :]  # the image is [-1, 1] x [-1, 1]
+    row, column = axis[None, :, None], axis[None, None, :]  # coordinates of the image, in [-1, 1]
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
@@ -52,24 +52,24 @@ def images(n, seed, size):
 
 
 def spherical(n, seed, size):
-    """Toy images through the real projection: (n, 3, 60, 60) uint8."""
+    """Toy images in the projection of the real task: x (n, 3, size, size) uint8, y (n,)."""
     x, y = images(n, seed, 32)
-    return project_to_sphere(x, random_rotations(n, [seed, 1]), b=size // 2), y  # rotations of a stream of their own
+    return project_to_sphere(x, random_rotations(n, [seed, 1]), b=size // 2), y  # rotations have a separate random stream
 
 
 def fields(n, seed, shape, output, cycles=3):
-    """Travelling waves: x (n, *shape) at the start, y (n, *output) later, moved on by a tenth, the fast ones damped.
+    """Travelling waves: x (n, *shape) at the start, y (n, *output) shifted by a tenth; high frequencies are damped.
 
-    Four waves of random direction, phase and strength, up to `cycles` periods along an axis: their sum, or in several
-    channels one of them in each. Shapes: (1, L) and (1, L) in one dimension, (C, H, W) and (H, W) in two.
+    Four waves with random direction, phase and amplitude, and up to `cycles` periods per axis: their sum if C = 1, otherwise
+    one wave per channel. Shapes: (1, L) and (1, L) in 1D, (C, H, W) and (H, W) in 2D.
     """
     rng, space = np.random.default_rng(seed), shape[1:]
     k = rng.integers(1, cycles + 1, (n, 4, len(space))) * rng.choice([-1, 1], (n, 4, len(space)))  # periods
-    now = rng.uniform(0.2, 1, (n, 4)) * np.exp(2j * np.pi * rng.random((n, 4)))  # strength and phase
+    now = rng.uniform(0.2, 1, (n, 4)) * np.exp(2j * np.pi * rng.random((n, 4)))  # amplitude and phase
     later = now * np.exp(-2j * np.pi * 0.1 * k.sum(-1) - 0.05 * (k**2).sum(-1))
     along = [np.exp(2j * np.pi * k[..., i, None] * np.arange(m) / m).astype(np.complex64) for i, m in enumerate(space)]
     axes = "hw"[: len(space)]
-    product = ",".join(["nj", *(f"nj{axis}" for axis in axes)])  # each wave (n, 4, *space)
+    product = ",".join(["nj", *(f"nj{axis}" for axis in axes)])  # of each wave (n, 4, *space)
     x = np.einsum(f"{product}->n{'j' * (shape[0] > 1)}{axes}", now.astype(np.complex64), *along, optimize=True).imag
     y = np.einsum(f"{product}->n{axes}", later.astype(np.complex64), *along, optimize=True).imag
     x = x[:, np.arange(shape[0]) % 4] if shape[0] > 1 else x[:, None]  # (n, C, *space)
@@ -77,7 +77,7 @@ def fields(n, seed, shape, output, cycles=3):
 
 
 def proteins(n, seed):
-    """psicov's shapes from waves, made when they are asked for: x (n, 57, 512, 512), y (n, 512, 512) from 2 to 16."""
+    """Waves with the shapes of psicov, generated when accessed: x (n, 57, 512, 512), y (n, 512, 512) from 2 to 16."""
 
     def enlarged(row, part):
         coarse = fields(1, (seed, row), (57, SIDE // 8, SIDE // 8), (SIDE // 8, SIDE // 8))[part][0]
@@ -88,7 +88,7 @@ def proteins(n, seed):
 
 
 def hits(n, seed):
-    """cosmic's raw layout: bright bars on waves, x (n, 1, 129, 128) with the sky level in row 128, y (n, 128, 128) the bars."""
+    """Raw layout of cosmic: bright bars on waves. x (n, 1, 129, 128), row 128: sky level; y (n, 128, 128): mask of the bars."""
     rng = np.random.default_rng(seed)
     x, _ = fields(n, seed, (1, 128, 128), (128, 128))
     y = np.zeros((n, 128, 128), np.float32)
@@ -99,9 +99,9 @@ def hits(n, seed):
 
 
 def signals(n, seed, shape, classes, many=False, lowest=2.0, ratio=1.5):
-    """Noisy waves whose number of periods tells the class: x (n, *shape) float32, the last axis is time.
+    """Noisy waves whose number of periods is the class: x (n, *shape) float32, the last axis is time.
 
-    Class k has lowest * ratio^k periods. `many`: any of them may be there together, y (n, classes) 0 or 1; else y (n,).
+    Class k has lowest * ratio^k periods. many=True: multi-label, y (n, classes) 0 or 1; else y (n,).
     """
     rng = np.random.default_rng(seed)
     present = rng.random((n, classes)) < 0.3 if many else np.eye(classes, dtype=bool)[rng.integers(classes, size=n)]
@@ -116,13 +116,13 @@ def signals(n, seed, shape, classes, many=False, lowest=2.0, ratio=1.5):
 
 
 def dna(n, seed):
-    """deepsea's layout: the strongest of four noisy signals at each place, one-hot, x (n, 4, 1000); y (n, 6) 0 or 1."""
+    """Layout of deepsea: the largest of four noisy signals at each position, one-hot. x (n, 4, 1000), y (n, 6) 0 or 1."""
     x, y = signals(n, seed, (4, 1000), 6, many=True)
     return np.eye(4, dtype=np.float32)[x.argmax(1)].transpose(0, 2, 1), y  # (n, 1000, 4) -> (n, 4, 1000)
 
 
 def sounds(n, seed):
-    """fsd50k's raw layout, made when asked for: tones of 200 to 1,500 Hz in noise, x (n, 2, 22050); y (n, 6) 0 or 1."""
+    """Raw layout of fsd50k, generated when accessed: tones of 200 to 1,500 Hz in noise. x (n, 2, 22050), y (n, 6) 0 or 1."""
 
     def sample(row):
         x, y = signals(1, (seed, row), (1, RATE), 6, many=True, lowest=200.0)
@@ -132,7 +132,7 @@ def sounds(n, seed):
 
 
 def table(n, seed, columns=12, classes=3):
-    """Groups of normal points, as far apart as they are wide: x (n, 1, columns), y (n,)."""
+    """Normal clusters whose centres have the same standard deviation as the clusters: x (n, 1, columns), y (n,)."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(9).normal(0, 1, (classes, columns))  # the same for training and test
     y = rng.integers(classes, size=n)
@@ -144,7 +144,7 @@ TOPICS = ["river stone bird rain forest leaf wind hill", "market bank price trad
 
 
 def text(n, seed):
-    """Pieces of 32 words on one of four topics among words that say nothing: [[str]], y (n,), 4."""
+    """Texts of 32 words: 30% from one of four topics, the others common words. Returns: [[str]], y (n,), 4 (classes)."""
     rng = np.random.default_rng(seed)
     y = rng.integers(4, size=n)
     common = "the of and to a in is it was for on with".split()
@@ -153,7 +153,7 @@ def text(n, seed):
 
 
 def masks(n, seed):
-    """voc's layout: patches of a colour on another, x (n, 3, 224, 224) uint8; y (n, 128, 128) 1 inside, NaN at an edge."""
+    """Layout of voc: regions in one colour on another, x (n, 3, 224, 224) uint8; y (n, 128, 128), 1 inside, NaN in row 0."""
     rng = np.random.default_rng(seed)
     y = (fields(n, seed, (1, 128, 128), (128, 128), cycles=1)[0][:, 0] > 0).astype(np.float32)
     pixel = np.arange(224) * 128 // 224
