@@ -48,7 +48,7 @@ PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
            "lr", "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
 
-# Published errors at full scale, from the ORCA, MoNA and PaRe papers. 0-1 errors are fractions, not percentages.
+# Published at full scale in the ORCA, MoNA and PaRe papers. 0-1 errors (cifar100, spherical, ninapro, satellite) are fractions.
 PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
 PUBLISHED = {
     "cifar100": (0.0767, 0.0653, 0.0648, 0.0625), "spherical": (0.5526, 0.2985, 0.2713, 0.2555),
