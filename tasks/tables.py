@@ -38,15 +38,23 @@ SITE = "https://www.openml.org"
 ABOUT, FEATURES = "api/v1/json/data/{}", "api/v1/json/data/features/{}"  # what OpenML says about a table, and its columns
 
 
+class Column(NamedTuple):
+    index: int  # in the ARFF file
+    name: str
+    kind: str  # numeric, nominal, string or date
+    is_target: bool
+    is_ignored: bool  # to be ignored, or a row identifier
+
+
 def local(data_dir, path):
     """Where `fetch_openml` keeps a file of OpenML's site."""
     return Path(data_dir) / "openml" / "openml.org" / f"{path.strip('/')}.gz"
 
 
 def open_table(number, data_dir):
-    """What OpenML says about a table (dict), about each column (list of dicts), and the path of its ARFF file.
+    """The format of a table, its columns (list of Column), and the path of its ARFF file.
 
-    Raises Missing if one of the files is missing, UserError if one is damaged.
+    Raises Missing if one of the three files is missing, UserError if one is damaged.
     """
     folder = Path(data_dir) / "openml"
     paths = [local(data_dir, name.format(number)) for name in (ABOUT, FEATURES)]
@@ -54,10 +62,15 @@ def open_table(number, data_dir):
         raise Missing(f"no table {number} in {folder}.")
     with reading(paths[0], f"description of table {number}"), gzip.open(paths[0]) as file:
         about = json.load(file)["data_set_description"]
+        form = about["format"].lower()
         arff = local(data_dir, urllib.parse.urlparse(about["url"]).path)
-        older = local(data_dir, f"data/v1/download/{about['file_id']}")  # by older versions of scikit-learn
+        older = local(data_dir, f"data/v1/download/{about['file_id']}")  # where older versions of scikit-learn kept it
     with reading(paths[1], f"description of table {number}"), gzip.open(paths[1]) as file:
-        columns = json.load(file)["data_features"]["feature"]
+        columns = [
+            Column(int(c["index"]), c["name"], c["data_type"], c["is_target"] == "true",
+                   "true" in (c["is_ignore"], c["is_row_identifier"]))
+            for c in json.load(file)["data_features"]["feature"]
+        ]  # fmt: skip
     path = arff if arff.exists() else older
     if not path.exists():
         raise Missing(f"no table {number} in {folder}: {arff} is missing.")
@@ -68,7 +81,7 @@ def open_table(number, data_dir):
             f"{path} has checksum {md5}; OpenML says {about['md5_checksum']}.\n"
             f"`python data.py --prepare openml{number} --data-dir {data_dir}` downloads it again."
         )
-    return about, columns, path
+    return form, columns, path
 
 
 def download(url, number):
@@ -79,7 +92,7 @@ def download(url, number):
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 412:
             raise UserError(f"OpenML has no table {number}.") from error
-        raise UserError(f"{url} cannot be downloaded ({error}).\nTry again later.") from error
+        raise UserError(f"{url} cannot be downloaded ({error}).\nCheck the connection and repeat the command.") from error
 
 
 def save(path, content):
@@ -176,70 +189,69 @@ def listed(names):
 
 
 def read_table(number, data_dir):
-    """A table of OpenML, without the rows that have no label and the columns that a model cannot use; these are printed.
+    """A table of OpenML, without the rows and columns that a model cannot use; these are printed.
 
-    Left out: columns that OpenML marks as row identifier or to be ignored, text, dates, columns with no value at all, and
-    categorical columns that identify a row: no value occurs twice. Infinite numbers count as missing.
+    Left out are rows without a label or with an infinite number, and columns that OpenML marks as row identifier or to be
+    ignored, text, dates, columns without values, and categorical columns that only identify a row: no value occurs twice.
 
     Raises Missing, or UserError if a file is damaged, it is no classification table, one-hot it would be too large, or no
     column remains.
     """
-    about, features, path = open_table(number, data_dir)
-    if about["format"].lower() != "arff":
-        raise UserError(f"OpenML {number} is stored as {about['format']}; only tables in dense ARFF are read.")
-    targets = [feature for feature in features if feature["is_target"] == "true"]
+    form, columns, path = open_table(number, data_dir)
+    if form != "arff":
+        raise UserError(f"OpenML {number} is stored as {form}; only tables in dense ARFF are read.")
+    targets = [column for column in columns if column.is_target]
     if len(targets) != 1:
         raise UserError(f"OpenML {number} has {len(targets)} target columns; a classification table has one.")
     with reading(path, f"table {number}"), gzip.open(path) as file:
         values, kinds = read_arff(file)  # (n, all columns)
-        if len(kinds) != len(features):
-            raise ValueError(f"{len(kinds)} columns; OpenML describes {len(features)}")
-    infinite = np.isinf(values)
-    values[infinite] = np.nan
-    target = int(targets[0]["index"])
+        if sorted(column.index for column in columns) != list(range(len(kinds))):
+            raise ValueError(f"{len(kinds)} columns; OpenML describes {len(columns)}")
+    target = targets[0].index
     if kinds[target] == "STRING":
-        raise UserError(f"OpenML {number}: its target, {targets[0]['name']}, is text, not classes.")
-    known = ~np.isnan(values[:, target])  # (n,)
+        raise UserError(f"OpenML {number}: its target, {targets[0].name}, is {targets[0].kind}, not classes.")
+    known = np.isfinite(values[:, target])  # (n,)
     if not known.all():
         print(f"openml{number}: left out {np.sum(~known):,} of {len(known):,} rows, which have no label")
     values, labels = values[known], values[known, target]
     if isinstance(kinds[target], list):
         labels = np.array(kinds[target], dtype=object)[labels.astype(int)]
 
-    columns, left_out = [], {}
-    for feature in features:
-        i, name = int(feature["index"]), feature["name"]
-        if i == target:
+    kept, left_out = [], {}
+    for column in columns:
+        kind, all_values = kinds[column.index], values[:, column.index]
+        present = all_values[np.isfinite(all_values)]
+        reason = None
+        if column.is_target:
             continue
-        present = values[~np.isnan(values[:, i]), i]
-        if "true" in (feature["is_ignore"], feature["is_row_identifier"]):
+        if column.is_ignored:
             reason = "marked by OpenML as identifier or to be ignored"
-        elif kinds[i] == "STRING":
-            reason = f"{feature['data_type']}, not numbers or categories"
+        elif kind == "STRING":
+            reason = f"{column.kind}, not numbers or categories"
         elif len(present) == 0:
             reason = "no values"
-        elif isinstance(kinds[i], list):
-            check_size(number, name, len(kinds[i]), len(values), len(features) - 1)
-            identifies = len(np.unique(present)) == len(present) > len(values) / 2
-            reason = "no value occurs twice, so it only identifies the row" if identifies else None
-        else:
-            reason = None
-            if count := infinite[known, i].sum():
-                print(f"openml{number}: {name} has {count:,} infinite values, which count as missing")
+        elif isinstance(kind, list):
+            check_size(number, column.name, len(kind), len(values), len(columns) - 1)
+            if len(np.unique(present)) == len(present) > len(values) / 2:
+                reason = "no value occurs twice, so it only identifies the row"
         if reason:
-            left_out.setdefault(reason, []).append(name)
+            left_out.setdefault(reason, []).append(column.name)
         else:
-            columns.append(i)
+            kept.append(column)
     for reason, names in left_out.items():
         print(f"openml{number}: left out {listed(names)} ({reason})")
-    check_any(number, columns)
-    names = {int(feature["index"]): feature["name"] for feature in features}
-    categories = {place: len(kinds[i]) for place, i in enumerate(columns) if isinstance(kinds[i], list)}
-    return Table(values[:, columns], categories, [names[i] for i in columns], labels.astype(str))
+    check_any(number, kept)
+    kinds, names, values = [kinds[c.index] for c in kept], [c.name for c in kept], values[:, [c.index for c in kept]]  # (n, F)
+    if (infinite := np.isinf(values)).any():
+        rows, where = infinite.any(1), listed([names[i] for i in np.flatnonzero(infinite.any(0))])
+        print(f"openml{number}: left out {rows.sum():,} of {len(rows):,} rows, which have infinite values ({where})")
+        values, labels = values[~rows], labels[~rows]
+    categories = {i: len(kind) for i, kind in enumerate(kinds) if isinstance(kind, list)}
+    return Table(values, categories, names, labels.astype(str))
 
 
 def check_size(number, name, categories, rows, columns):
-    """Raises UserError if the one-hot array of a table with this column would not fit LARGEST."""
+    """Raises UserError if a table with this column would have more than LARGEST numbers, one-hot."""
     if (numbers := rows * (categories + 1) * columns) > LARGEST:
         raise UserError(
             f"OpenML {number}: column {name} has {categories:,} categories, so {rows:,} rows of {columns:,} columns would take "
