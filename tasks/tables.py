@@ -211,6 +211,8 @@ def read_table(number, data_dir):
     if kinds[target] == "STRING":
         raise UserError(f"OpenML {number}: its target, {targets[0].name}, is {targets[0].kind}, not classes.")
     known = np.isfinite(values[:, target])  # (n,)
+    if not known.any():
+        raise UserError(f"OpenML {number}: none of its {len(known):,} rows has a label in {targets[0].name}.")
     if not known.all():
         print(f"openml{number}: left out {np.sum(~known):,} of {len(known):,} rows, which have no label")
     values, labels = values[known], values[known, target]
