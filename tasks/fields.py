@@ -14,16 +14,24 @@ from tasks.files import check_shape, kept, kept_of_file, locate, of_files, read_
 from tasks.scores import relative_l2, score_of
 
 
+def check_name(path, names, name):
+    """Raises UserError if an array that is needed is not among those of a file."""
+    if name not in names:
+        raise UserError(f"{path} has the arrays {sorted(names)}; expected {name}.")
+
+
 def read_mat(path, name, every):
-    """Every `every`-th point of an array (n, H, W) in a MATLAB file of any version, as float32."""
+    """Every `every`-th point of an array (n, H, W) in a MATLAB file of any version, as float32 (n, H / every, W / every)."""
     import h5py
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     with reading(path, "MATLAB file"):
         if h5py.is_hdf5(path):  # version 7.3, whose axes are reversed
             with h5py.File(path) as file:
+                check_name(path, file, name)
                 return np.float32(file[name][::every, ::every].T)
-        return np.float32(loadmat(path, variable_names=[name])[name][:, ::every, ::every])
+        check_name(path, [name for name, _, _ in whosmat(path)], name)
+        return np.float32(loadmat(path, variable_names=[name])[name][..., ::every, ::every])
 
 
 def read_darcy(data_dir, cache):
@@ -35,11 +43,17 @@ def read_darcy(data_dir, cache):
     splits = []
     for name, n in (("smooth1", 1000), ("smooth2", 100)):
         path = locate(data_dir, f"piececonst_r421_N1024_{name}.mat")
-        make = functools.partial(lambda path, n: [read_mat(path, array, 5)[:n] for array in ("coeff", "sol")], path, n)
-        splits.append(kept_of_file(cache, f"darcy-{name}", path, make))
-        check_shape(path, splits[-1][0], (None, 85, 85))
+        splits.append(kept_of_file(cache, f"darcy-{name}", path, functools.partial(darcy_pairs, path, n)))
     train, test, changes = darcy_fields(*splits)
     return train, test, "official", changes
+
+
+def darcy_pairs(path, n):
+    """The first n coefficients and their solutions, (n, 85, 85) each. Raises UserError if the file has not as many of each."""
+    a, u = (check_shape(path, read_mat(path, name, 5), (None, 85, 85)) for name in ("coeff", "sol"))
+    if len(a) != len(u):
+        raise UserError(f"{path} has {len(a)} coefficients (coeff) and {len(u)} solutions (sol); expected as many of each.")
+    return a[:n], u[:n]
 
 
 def darcy_fields(train, test):
@@ -147,6 +161,75 @@ def add_sky(x, u):
     return x[:, :, :-1] + t * x[:, :, -1:]
 
 
+ADVECTION, BURGERS = "1D_Advection_Sols_beta0.4.hdf5", "1D_Burgers_Sols_Nu1.0.hdf5"
+GRIDS = {  # of PDEBench's files: the time between two snapshots, if there is time; the axes of space; the ends of each
+    ADVECTION: (0.01, "x", (0, 1)),
+    BURGERS: (0.01, "x", (0, 1)),
+    "ReacDiff_Nu0.5_Rho1.0.hdf5": (0.01, "x", (0, 1)),
+    "1D_diff-sorp_NA_NA.h5": (5, "x", (0, 1)),
+    "1D_CFD_Rand_Eta0.1_Zeta0.1_periodic_Train.hdf5": (0.01, "x", (-1, 1)),
+    "2D_DarcyFlow_beta0.1_Train.hdf5": (None, "xy", (0, 1)),
+    "2D_rdb_NA_NA.h5": (0.01, "xy", (-2.5, 2.5)),
+    "2D_diff-react_NA_NA.h5": (0.05, "xy", (-1, 1)),
+}
+CURRENT = "PDEBench's current file is at https://doi.org/10.18419/darus-2986."
+
+
+def check_grid(path, h5, snapshots):
+    """Compare the coordinates in a PDEBench file with GRIDS: the times of these `snapshots`, and the ends of the domain.
+
+    A file without coordinates is read, and this is printed: copies of the official files often leave them out. The earlier
+    release of Burgers, which ORCA used, is read and printed, too. Raises UserError if coordinates contradict the task.
+    """
+    step, axes, ends = GRIDS[path.name]
+    sample = next(iter(h5), "")  # the first, in a file of one group a sample
+    names = {axis: [f"{axis}-coordinate", f"{sample}/grid/{axis}"] for axis in "t" * (step is not None) + axes}
+    have = {axis: np.ravel(h5[name]) for axis, both in names.items() for name in both if name in h5}
+    if missing := sorted(names.keys() - have.keys()):
+        print(f"{path} has no {' and '.join(f'{axis}-coordinate' for axis in missing)}: its grid is not checked.")
+    if "t" in have:
+        t = have.pop("t")  # in PDEBench's files there is one time more than there are snapshots
+        for i in snapshots:
+            time = t[i] if i < len(t) else np.nan
+            if not abs(time - i * step) < step / 10:
+                raise UserError(f"{path}: snapshot {i} is at t = {time:g} (t-coordinate); expected {i * step:g}.\n{CURRENT}")
+    for axis, x in have.items():
+        if path.name == BURGERS and spans(x, -1, 1):
+            print(
+                f"EARLIER RELEASE: the x-coordinate of {path} goes from -1 to 1, as in PDEBench's files from before\n"
+                f"                 October 2023, where the flux is doubled. ORCA used such a file. {CURRENT}"
+            )
+        elif not spans(x, *ends):
+            low, high = (x[0], x[-1]) if len(x) else (np.nan, np.nan)
+            raise UserError(f"{path}: the {axis}-coordinate goes from {low:g} to {high:g}; expected {ends}.\n{CURRENT}")
+
+
+def spans(x, low, high):
+    """Whether the cell centres or nodes x (L,) cover [low, high]: the outermost are at most one cell away from the ends."""
+    return len(x) > 0 and max(abs(x[0] - low), abs(x[-1] - high)) <= 1.01 * (high - low) / len(x)
+
+
+def check_speed(path, x, y):
+    """Print if the waves of an advection file, x (n, L) at t = 0 and y (n, L) at t = 2, have another speed than 0.4.
+
+    Until t = 2 they travel 0.8 of the periodic domain, by which x is compared with y; in the release from before August 2023,
+    which ORCA used, the speed is twice as high, and they travel 0.6 (and once around).
+    """
+    points = x.shape[1]
+    x, y = (np.fft.rfft(u[:500] - u[:500].mean(1, keepdims=True)) for u in (x, y))  # (n, L / 2 + 1)
+    match = np.fft.irfft(x.conj() * y, points).mean(0)  # (L,) covariance of x, moved by so many points, and y
+    expected, earlier = (match[round(share * points) % points] >= 0.9 * match.max() for share in (0.8, 0.6))
+    if not expected:
+        travel = f"the waves of {path} travel {match.argmax() / points:.2f} of the domain until t = 2, not 0.80"
+        if earlier:
+            print(
+                f"EARLIER RELEASE: {travel}: twice the speed, as in\n"
+                f"                 PDEBench's files from before August 2023. ORCA used such a file. {CURRENT}"
+            )
+        else:
+            print(f"ANOTHER SPEED: {travel} as at the speed of 0.4.\n               {CURRENT}")
+
+
 def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False):
     """The first and one later snapshot of a PDEBench file, and nothing else of it: x (n, 1, ...), y (n, 1, L) or (n, H, W).
 
@@ -165,8 +248,7 @@ def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False)
 
     def snapshot(h5, array, time, channel=None):
         if channel is None:
-            if array not in h5:
-                raise UserError(f"{path} has the arrays {sorted(h5)}; expected {array}.")
+            check_name(path, h5, array)
             source, rows = h5[array], range(0, len(h5[array]), 256)
             if time is not None and source.shape[1] <= time:
                 raise UserError(f"{path}: {array} has {source.shape[1]} snapshots; expected more than {time}.")
@@ -186,11 +268,18 @@ def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False)
             if y_test:
                 test, _ = parts(len(both[1]))
                 both[1][test] = np.concatenate([snapshot(h5, *f) for f in y_test], axis=-1)[test]
+            if len(both[0]) != len(both[1]):
+                raise UserError(f"{path} has {len(both[0])} inputs and {len(both[1])} targets; expected as many of each.")
             return both
+
+    with reading(path, "HDF5 file"), h5py.File(path) as h5:
+        check_grid(path, h5, sorted({time for _, time, *_ in (*x, *y, *(y_test or []))} - {None}))
 
     x_all, y_all = kept_of_file(cache, Path(file).stem + "-released" * bool(y_test), path, make)
     if len(x_all) < 10:
         raise UserError(f"{path} has {len(x_all)} samples; ten are needed for a training and a test set.")
+    if file == ADVECTION:
+        check_speed(path, x_all, y_all)
     test, train = parts(len(x_all))
     train, test, changes = pde_fields((x_all[train], y_all[train]), (x_all[test], y_all[test]), normalise)
     return train, test, "official", changes

@@ -94,7 +94,7 @@ DOWNLOADS = {
 }  # fmt: skip
 
 
-DEPTH = 3  # where files are looked for: in the data folder itself, in its folders, and in theirs
+DEPTH = 4  # files are found up to three folders below the data folder, as PDEBench's downloader puts them
 
 
 def present(download, data_dir):
@@ -217,7 +217,7 @@ def reading(path, what):
 
 
 def locate(data_dir, name):
-    """The file or folder `name` in data_dir, at most two folders deep. Raises Missing."""
+    """The file or folder `name` in data_dir, at most three folders deep. Raises Missing."""
     for depth in range(DEPTH):
         if found := sorted(Path(data_dir).glob("*/" * depth + name)):
             return found[0]

@@ -1,9 +1,21 @@
-"""Tables: any OpenML classification table, as scikit-learn downloads it. Shapes: n rows."""
+"""Tables: OpenML classification tables, from the files that scikit-learn's `fetch_openml` downloads. Shapes: n rows, F columns.
 
-import contextlib
+The files are read here, not by `fetch_openml`, which deletes and downloads again what it cannot read, and refuses a table that
+has a text column. A run only reads them; `prepare_table` downloads them, to the same places.
+"""
+
 import functools
+import gzip
+import hashlib
 import http.client
+import itertools
+import json
+import os
+import re
+import urllib.parse
+import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,24 +26,250 @@ from tasks.scores import cross_entropy
 SKLEARN_COPIES = {61: "load_iris", 187: "load_wine", 1510: "load_breast_cancer", 28: "load_digits"}
 # iris: two values differ from OpenML's (samples 35 and 38); wine and wdbc: the same tables; optdigits: its test part, 1,797 of
 # 5,620 rows
+LARGEST = 2**29  # numbers in the array of a table: 2 GiB, and two to three times that while it is split
 
 
-def fetch_table(number, data_dir, fetching=False):
-    """Columns (rows, features) float with NaN, {number of a categorical column: how many categories}, labels (rows,).
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a table
+# ---------------------------------------------------------------------------------------------------------------------
 
-    From what `fetch_openml` keeps in data_dir/openml. Raises Missing, unless `fetching`, if it has kept nothing there.
+
+SITE = "https://www.openml.org"
+ABOUT, FEATURES = "api/v1/json/data/{}", "api/v1/json/data/features/{}"  # what OpenML says about a table, and its columns
+
+
+class Column(NamedTuple):
+    index: int  # in the ARFF file
+    name: str
+    kind: str  # numeric, nominal, string or date
+    is_target: bool
+    is_ignored: bool  # to be ignored, or a row identifier
+
+
+def local(data_dir, path):
+    """Where `fetch_openml` keeps a file of OpenML's site."""
+    return Path(data_dir) / "openml" / "openml.org" / f"{path.strip('/')}.gz"
+
+
+def open_table(number, data_dir):
+    """The format of a table, its columns (list of Column), and the path of its ARFF file.
+
+    Raises Missing if one of the three files is missing, UserError if one is damaged.
     """
-    from sklearn.datasets import fetch_openml
-
     folder = Path(data_dir) / "openml"
-    if not fetching and not (folder / f"openml.org/api/v1/json/data/{number}.gz").exists():
+    paths = [local(data_dir, name.format(number)) for name in (ABOUT, FEATURES)]
+    if not all(path.exists() for path in paths):
         raise Missing(f"no table {number} in {folder}.")
-    with contextlib.nullcontext() if fetching else reading(folder, f"table {number} as scikit-learn keeps it"):
-        table = fetch_openml(data_id=number, data_home=data_dir, as_frame=False, parser="liac-arff", n_retries=1)
-    if table.target is None or table.target.ndim != 1 or not isinstance(table.data, np.ndarray):
-        raise UserError(f"OpenML {number} has no single target column, or is sparse: not a classification table.")
-    categories = {i: len(table.categories[name]) for i, name in enumerate(table.feature_names) if name in table.categories}
-    return table.data.astype(np.float64), categories, table.target.astype(str)
+    with reading(paths[0], f"description of table {number}"), gzip.open(paths[0]) as file:
+        about = json.load(file)["data_set_description"]
+        form = about["format"].lower()
+        arff = local(data_dir, urllib.parse.urlparse(about["url"]).path)
+        older = local(data_dir, f"data/v1/download/{about['file_id']}")  # where older versions of scikit-learn kept it
+    with reading(paths[1], f"description of table {number}"), gzip.open(paths[1]) as file:
+        columns = [
+            Column(int(c["index"]), c["name"], c["data_type"], c["is_target"] == "true",
+                   "true" in (c["is_ignore"], c["is_row_identifier"]))
+            for c in json.load(file)["data_features"]["feature"]
+        ]  # fmt: skip
+    path = arff if arff.exists() else older
+    if not path.exists():
+        raise Missing(f"no table {number} in {folder}: {arff} is missing.")
+    with reading(path, f"table {number}"), gzip.open(path) as file:
+        md5 = hashlib.file_digest(file, "md5").hexdigest()
+    if md5 != about.get("md5_checksum", md5):
+        raise UserError(
+            f"{path} has checksum {md5}; OpenML says {about['md5_checksum']}.\n"
+            f"`python data.py --prepare openml{number} --data-dir {data_dir}` downloads it again."
+        )
+    return form, columns, path
+
+
+def download(url, number):
+    """The content at `url`, in bytes. Raises UserError if the server does not answer, or has no such table."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 412:
+            raise UserError(f"OpenML has no table {number}.") from error
+        raise UserError(f"{url} cannot be downloaded ({error}).\nCheck the connection and repeat the command.") from error
+
+
+def save(path, content):
+    """Write `content` gzip-compressed; what was at `path` before is replaced only by the complete file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_bytes(gzip.compress(content))
+    unfinished.replace(path)
+
+
+def fetch_table(number, data_dir):
+    """Download the three files of a table. Raises UserError if the server does not answer."""
+    about, columns = (download(f"{SITE}/{name.format(number)}", number) for name in (ABOUT, FEATURES))
+    with reading(f"{SITE}/{ABOUT.format(number)}", f"description of table {number}"):
+        url = json.loads(about)["data_set_description"]["url"]
+    table = download(url, number)
+    save(local(data_dir, ABOUT.format(number)), about)
+    save(local(data_dir, FEATURES.format(number)), columns)
+    save(local(data_dir, urllib.parse.urlparse(url).path), table)
+
+
+def prepare_table(number, data_dir):
+    """Download a table if a file of it is missing or damaged, and print its size. Raises UserError if that fails."""
+    try:
+        open_table(number, data_dir)
+    except UserError:
+        try:
+            fetch_table(number, data_dir)
+        except UserError as error:
+            if number not in SKLEARN_COPIES:
+                raise
+            print(f"openml{number}: {error}\nWithout it, scikit-learn's own copy is used ({SKLEARN_COPIES[number]}).")
+            return
+    table = read_table(number, data_dir)
+    print(f"openml{number}: present, {len(table.labels):,} rows, {len(table.names)} columns, {len(set(table.labels))} classes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their content
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    values: np.ndarray  # (n, F) float64: numbers, or which category; NaN: missing
+    categories: dict[int, int]  # categorical column -> how many categories it has
+    names: list[str]  # of the columns (F)
+    labels: np.ndarray  # (n,) str
+
+
+ATTRIBUTE = re.compile(r"""@attribute\s+("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\S+)\s+(.+)""", re.IGNORECASE)
+
+
+def read_arff(lines):
+    """An ARFF file as numbers (n, F) float64, and for each column its list of categories, "REAL" or "STRING".
+
+    A number is itself, a category is its place in the list; what is missing, and all text, is NaN.
+
+    Args:
+        lines: of the file, in bytes.
+    """
+    from sklearn.externals import _arff  # scikit-learn's copy of liac-arff, which itself is no longer developed
+
+    at = 0  # number of the line
+
+    def simplified():
+        """What the parser refuses or alters is put otherwise: dates are text, integers are numbers that may be infinite."""
+        nonlocal at
+        place, header = itertools.count(), True
+        for line in lines:
+            at, line = at + 1, line.decode()
+            if header and (match := ATTRIBUTE.match(line.strip())):
+                kind = match[2]
+                if not kind.startswith("{"):
+                    kind = "REAL" if kind.split()[0].upper() in ("NUMERIC", "REAL", "INTEGER") else "STRING"
+                line = f"@ATTRIBUTE {next(place)} {kind}"
+            header = header and not line.upper().startswith("@DATA")
+            yield line
+
+    try:
+        content = _arff.load(simplified(), encode_nominal=True, return_type=_arff.DENSE_GEN)
+        kinds = [kind for _, kind in content["attributes"]]
+        text = [kind == "STRING" for kind in kinds]
+        cells = (zip(row, text, strict=True) for row in content["data"])
+        numbers = (np.nan if skip or cell is None else cell for cell, skip in itertools.chain.from_iterable(cells))
+        values = np.fromiter(numbers, np.float64)  # (n F,)
+    except _arff.ArffException as error:  # its own text cannot be had if the line contains a %
+        raise ValueError((error.message or "").replace("%d", str(at), 1)) from error
+    return values.reshape(-1, len(kinds)), kinds
+
+
+def listed(names):
+    """a, b, c, d, e and 7 more"""
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+def read_table(number, data_dir):
+    """A table of OpenML, without the rows and columns that a model cannot use; these are printed.
+
+    Left out are rows without a label or with an infinite number, and columns that OpenML marks as row identifier or to be
+    ignored, text, dates, columns without values, and categorical columns that only identify a row: no value occurs twice.
+
+    Raises Missing, or UserError if a file is damaged, it is no classification table, one-hot it would be too large, or no
+    column remains.
+    """
+    form, columns, path = open_table(number, data_dir)
+    if form != "arff":
+        raise UserError(f"OpenML {number} is stored as {form}; only tables in dense ARFF are read.")
+    targets = [column for column in columns if column.is_target]
+    if len(targets) != 1:
+        raise UserError(f"OpenML {number} has {len(targets)} target columns; a classification table has one.")
+    with reading(path, f"table {number}"), gzip.open(path) as file:
+        values, kinds = read_arff(file)  # (n, all columns)
+        if sorted(column.index for column in columns) != list(range(len(kinds))):
+            raise ValueError(f"{len(kinds)} columns; OpenML describes {len(columns)}")
+    target = targets[0].index
+    if kinds[target] == "STRING":
+        raise UserError(f"OpenML {number}: its target, {targets[0].name}, is {targets[0].kind}, not classes.")
+    known = np.isfinite(values[:, target])  # (n,)
+    if not known.any():
+        raise UserError(f"OpenML {number}: none of its {len(known):,} rows has a label in {targets[0].name}.")
+    if not known.all():
+        print(f"openml{number}: left out {np.sum(~known):,} of {len(known):,} rows, which have no label")
+    values, labels = values[known], values[known, target]
+    if isinstance(kinds[target], list):
+        labels = np.array(kinds[target], dtype=object)[labels.astype(int)]
+
+    kept, left_out = [], {}
+    for column in columns:
+        kind, all_values = kinds[column.index], values[:, column.index]
+        present = all_values[np.isfinite(all_values)]
+        reason = None
+        if column.is_target:
+            continue
+        if column.is_ignored:
+            reason = "marked by OpenML as identifier or to be ignored"
+        elif kind == "STRING":
+            reason = f"{column.kind}, not numbers or categories"
+        elif len(present) == 0:
+            reason = "no values"
+        elif isinstance(kind, list):
+            check_size(number, column.name, len(kind), len(values), len(columns) - 1)
+            if len(np.unique(present)) == len(present) > len(values) / 2:
+                reason = "no value occurs twice, so it only identifies the row"
+        if reason:
+            left_out.setdefault(reason, []).append(column.name)
+        else:
+            kept.append(column)
+    for reason, names in left_out.items():
+        print(f"openml{number}: left out {listed(names)} ({reason})")
+    check_any(number, kept)
+    kinds, names, values = [kinds[c.index] for c in kept], [c.name for c in kept], values[:, [c.index for c in kept]]  # (n, F)
+    if (infinite := np.isinf(values)).any():
+        rows, where = infinite.any(1), listed([names[i] for i in np.flatnonzero(infinite.any(0))])
+        print(f"openml{number}: left out {rows.sum():,} of {len(rows):,} rows, which have infinite values ({where})")
+        values, labels = values[~rows], labels[~rows]
+    categories = {i: len(kind) for i, kind in enumerate(kinds) if isinstance(kind, list)}
+    return Table(values, categories, names, labels.astype(str))
+
+
+def check_size(number, name, categories, rows, columns):
+    """Raises UserError if a table with this column would have more than LARGEST numbers, one-hot."""
+    if (numbers := rows * (categories + 1) * columns) > LARGEST:
+        raise UserError(
+            f"OpenML {number}: column {name} has {categories:,} categories, so {rows:,} rows of {columns:,} columns would take "
+            f"{numbers * 4 / 2**30:,.0f} GiB one-hot.\nAt most {LARGEST * 4 / 2**30:.0f} GiB are read: choose another table."
+        )
+
+
+def check_any(number, columns):
+    """Raises UserError if no column remains."""
+    if not columns:
+        raise UserError(f"OpenML {number}: no column remains that a model can use.\nChoose another table.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def read_openml(data_dir, cache, number):
@@ -45,14 +283,14 @@ def read_openml(data_dir, cache, number):
     from sklearn.model_selection import train_test_split
 
     try:
-        (values, categories, labels), kind = fetch_table(number, data_dir), "official"
+        (values, categories, column_names, labels), kind = read_table(number, data_dir), "official"
     except Missing:
         if number not in SKLEARN_COPIES:
             raise
-        (values, labels), categories = getattr(datasets, SKLEARN_COPIES[number])(return_X_y=True), {}
+        copy = getattr(datasets, SKLEARN_COPIES[number])()
+        values, categories, column_names, labels = copy.data, {}, copy.feature_names, copy.target.astype(str)
         kind = "sklearn"
-    known = np.array([label not in ("nan", "?", "None", "") for label in labels.astype(str)])
-    values, (names, y) = values[known], np.unique(labels[known], return_inverse=True)
+    names, y = np.unique(labels, return_inverse=True)
     rarest = np.bincount(y).min(initial=len(y))
     if len(names) < 2 or rarest < 2 or len(y) < 10 * len(names):
         raise UserError(
@@ -61,7 +299,11 @@ def read_openml(data_dir, cache, number):
     train, test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=0, stratify=y)
     numeric = [i for i in range(values.shape[1]) if i not in categories]
     if not categories:
-        numeric = [i for i in numeric if not np.isnan(values[:, i]).any()]
+        gaps = np.isnan(values).any(0)  # (F,)
+        if gaps.any():
+            print(f"openml{number}: left out {listed([column_names[i] for i in np.flatnonzero(gaps)])} (missing values)")
+        numeric = [i for i in numeric if not gaps[i]]
+        check_any(number, numeric)
     numbers = np.nan_to_num(values[:, numeric])  # (n, numeric columns)
     mean, std = numbers[train].mean(0), numbers[train].std(0)
     numbers = (numbers - mean) / np.where(std > 0, std, 1)
@@ -78,16 +320,3 @@ def read_openml(data_dir, cache, number):
     weights = tuple(len(train) / (K * np.bincount(y[train], minlength=K)))  # n / (K n_c): mean 1 over the training rows
     changes = {"shape": x.shape[1:], "output": (len(names),), "loss": functools.partial(cross_entropy, weights=weights)}
     return (x[train], y[train]), (x[test], y[test]), kind, changes
-
-
-def prepare_table(number, data_dir):
-    """Let scikit-learn fetch a table of OpenML into data_dir/openml. Raises UserError if it cannot be had."""
-    try:
-        values, _, labels = fetch_table(number, data_dir, fetching=True)
-        print(f"openml{number}: present, {values.shape[0]:,} rows, {values.shape[1]} columns, {len(set(labels))} classes")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        own = SKLEARN_COPIES.get(number)
-        rest = f"Without it scikit-learn's own copy is used ({own})." if own else "Try again later."
-        print(f"openml{number}: https://www.openml.org/d/{number} cannot be had ({error}).\n{rest}")
-        if not own:
-            raise UserError(f"openml{number} could not be fetched.") from error
