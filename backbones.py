@@ -6,6 +6,10 @@ Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature wid
 
 import functools
 import json
+import os
+import pickle
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -26,6 +30,8 @@ DEFAULT_BACKBONE = {
     ("1d", "tiny"): "tiny-roberta", ("1d", "full"): "roberta_base",
 }  # fmt: skip
 BERT_LIKE = ("bert", "camembert", "roberta", "xlm-roberta")  # transformers' names of the architectures that can be cut
+# what timm, transformers, torch and safetensors raise for a missing or damaged file, a wrong config.json, no network
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)
 ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                     intermediate_size=3072, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # fmt: skip
 
@@ -36,7 +42,7 @@ class SwinEncoder(nn.Module):
     def __init__(self, swin):
         super().__init__()
         self.grid = swin.patch_embed.grid_size
-        self.reduction = swin.feature_info[-1]["reduction"]  # side of the picture / side of the last grid
+        self.reduction = swin.feature_info[-1]["reduction"]  # side of the image / side of the last grid
         self.layers, self.norm = swin.layers, swin.norm
 
     @property
@@ -49,7 +55,7 @@ class SwinEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The layers of a BERT-like model, which read tokens of any origin: (B, N, D) -> (B, N, F), F = D; nothing is masked."""
+    """The layers of a BERT-like model, for tokens of any embedder: (B, N, D) -> (B, N, F), F = D; nothing is masked."""
 
     def __init__(self, model):
         super().__init__()
@@ -66,7 +72,7 @@ class TextEncoder(nn.Module):
 class Tokenizer:
     """Words to token ids, with a text model's own vocabulary: list[str] -> list[int], without <s> and </s>.
 
-    `pad` is the id that fills a short sequence. `load` fetches the vocabulary, at first use: only text sources need it.
+    `pad` is the id that fills a short sequence. `load` reads the vocabulary at first use: only text sources need it.
     """
 
     def __init__(self, load):
@@ -85,8 +91,9 @@ class Tokenizer:
 
 
 def reason(error):
-    """The first line of an exception's message."""
-    return (str(error) or type(error).__name__).splitlines()[0][:90]
+    """The first line of an exception's message, cut to 90 characters."""
+    message = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return (message or type(error).__name__).splitlines()[0][:90]
 
 
 def build_swin(**architecture):
@@ -97,20 +104,67 @@ def build_swin(**architecture):
     return SwinTransformer(**architecture)
 
 
+def check_weights(name, missing, mismatched, unexpected):
+    """Refuse weights that leave a part of the embedder or the encoder random, or that have more layers than the network.
+
+    Heads and poolers may be missing, and weights outside the layers may be left over: they are not used here.
+
+    Args:
+        name: of the backbone, for the message.
+        missing, mismatched, unexpected: names of weights that the file lacks, has in another shape, has too many.
+    Raises: UserError that names one of the weights.
+    """
+    wrong = {
+        "is missing": [key for key in missing if not key.startswith(("head.", "pooler."))],
+        "has another shape than its architecture says": mismatched,
+        "has no place in its architecture": [key for key in unexpected if re.search(r"\blayers?\.\d", key)],
+    }
+    for what, keys in wrong.items():
+        if keys:
+            more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(
+                f"--backbone: the weights of {name} do not fit: {min(keys)} {what}{more}.\n"
+                "Save it again with timm (save_for_hf) or transformers (save_pretrained), under its original names."
+            )
+
+
+def compare_weights(name, model, weights):
+    """`check_weights` of a dict of tensors that `model` is about to load."""
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    mismatched = [key for key in shapes.keys() & weights.keys() if weights[key].shape != shapes[key]]
+    unexpected = weights.keys() - shapes.keys() - dict(model.named_buffers()).keys()
+    check_weights(name, shapes.keys() - weights.keys(), mismatched, unexpected)
+
+
+def check_swin(name, swin):
+    """Raise UserError unless `swin` is a Swin of timm that can be cut: square RGB images, square patches."""
+    if not hasattr(swin, "layers") or not hasattr(swin, "patch_embed"):
+        raise UserError(
+            f"--backbone: {name} is a {type(swin).__name__}; only Swin transformers can be cut into embedder and encoder."
+        )
+    patches = swin.patch_embed
+    if patches.proj.in_channels != 3 or len(set(patches.img_size)) > 1 or len(set(patches.patch_size)) > 1:
+        image, patch = (" x ".join(map(str, n)) for n in ((patches.proj.in_channels, *patches.img_size), patches.patch_size))
+        raise UserError(
+            f"--backbone: {name} reads images of {image} in patches of {patch}.\n"
+            "Give a Swin for square images of 3 channels, as the source has; the task may have any number of channels."
+        )
+
+
 def import_timm():
-    """timm, or two lines of advice where torch and torchvision do not belong together."""
+    """timm; UserError with advice if the installed torch and torchvision do not match."""
     try:
         import timm
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         from importlib.metadata import version
 
-        raise UserError(f"torch {version('torch')} and torchvision {version('torchvision')} do not fit together ({error}).\n"
-                        "Install both from one index: pip install --force-reinstall torch torchvision") from error  # fmt: skip
+        raise UserError(f"torch {version('torch')} and torchvision {version('torchvision')} do not match ({error}).\n"
+                        "Install both from the same index: pip install --force-reinstall torch torchvision") from error  # fmt: skip
     return timm
 
 
 def import_transformers():
-    """transformers, without progress bars, notes on weights that are not used here, or a line for each retry of a download."""
+    """transformers, without its progress bars, its notes on unused weights, and a line for each retry of a download."""
     import huggingface_hub
     import transformers
 
@@ -121,8 +175,11 @@ def import_transformers():
 
 
 def read_file(path):
-    """What a file of tools/pretrain.py holds: its architecture, its vocabulary (None for a Swin), its weights in fp32."""
-    if not path.exists():
+    """A file of tools/pretrain.py: its architecture, its vocabulary (None for a Swin), its weights in fp32.
+
+    Raises UserError if it is missing, damaged, or from elsewhere.
+    """
+    if not path.is_file():
         raise UserError(f"--backbone: there is no file {path}.")
     try:
         with safe_open(path, "pt") as file:
@@ -130,7 +187,7 @@ def read_file(path):
         weights = {k: v.float() for k, v in load_file(path).items()}
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}).\nRestore it, or write it again with tools/pretrain.py."
+            f"{path} is not a whole safetensors file ({error}).\nCopy it again, or write it again with tools/pretrain.py."
         ) from error
     if "architecture" not in metadata:
         raise UserError(
@@ -144,8 +201,10 @@ def read_swin(path, pretrained=True):
     """A Swin from a file of tools/pretrain.py, which carries its architecture."""
     architecture, _, weights = read_file(path)
     swin = build_swin(**architecture)
+    check_swin(path, swin)
     if pretrained:
-        swin.load_state_dict(weights)
+        compare_weights(path, swin, weights)
+        swin.load_state_dict(weights, strict=False)
     return swin
 
 
@@ -155,7 +214,9 @@ def read_roberta(path, pretrained=True):
     architecture, vocabulary, weights = read_file(path)
     model = transformers.RobertaModel(transformers.RobertaConfig(**architecture), add_pooling_layer=False)
     if pretrained:
-        model.load_state_dict({k.removeprefix("roberta."): v for k, v in weights.items() if k.startswith("roberta.")})
+        weights = {k.removeprefix("roberta."): v for k, v in weights.items() if k.startswith("roberta.")}
+        compare_weights(path, model, weights)
+        model.load_state_dict(weights, strict=False)
 
     def load():
         from tokenizers import Tokenizer as Rules
@@ -166,34 +227,46 @@ def read_roberta(path, pretrained=True):
 
 
 def fetch_text_model(name, wanted, pretrained):
-    """A BERT-like model and its tokenizer by Hugging Face id, from a folder saved by transformers, or RoBERTa-base unfetched.
+    """A BERT-like model and its tokenizer by Hugging Face id, or from a folder saved by transformers.
 
-    Dropout is 0, as in the official configurations. Raises UserError for another architecture, or if nothing can be had.
+    Dropout is 0, as in the official configurations. A random RoBERTa-base needs no network. Raises UserError for another
+    architecture, a decoder, weights that do not fit, or if nothing can be loaded.
     """
     transformers = import_transformers()
+    from huggingface_hub.errors import StrictDataclassError  # a value of a wrong type in config.json
+
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if wanted == SHORT_NAMES["roberta_base"] and not pretrained:
-        # no network is needed to measure speed: words are read with the vocabulary that is here, which is smaller
+        # for measuring speed: words are read with the vocabulary of tiny-roberta, which is smaller
         _, tokenizer = read_roberta(WEIGHTS / "tiny-roberta.safetensors", pretrained=False)
         config = transformers.RobertaConfig(**ROBERTA_BASE | no_dropout)
         return transformers.RobertaModel(config, add_pooling_layer=False), tokenizer
-    if wanted.startswith((".", "/", "~")) and not Path(wanted).is_dir():
+    if wanted.startswith((".", "/")) and not Path(wanted).is_dir():
         raise UserError(f"--backbone: there is no folder {wanted}.")
     try:
         config = transformers.AutoConfig.from_pretrained(wanted, **no_dropout)
         if config.model_type not in BERT_LIKE:
             raise UserError(
                 f"--backbone: {name} is a {config.model_type} model, which cannot be cut into embedder and encoder.\n"
-                f"Give one of these kinds: {', '.join(BERT_LIKE)}."
+                f"Give a model of transformers of the types {', '.join(BERT_LIKE)}, or a Swin of timm (also a folder of it)."
             )
-        if pretrained:
-            model = transformers.AutoModel.from_pretrained(wanted, config=config, dtype=torch.float32)
+        if config.is_decoder:
+            raise UserError(
+                f"--backbone: {name} is a decoder: its tokens see earlier ones only, those of an encoder see all.\n"
+                'Give an encoder, or set "is_decoder": false in its config.json to use these weights without the mask.'
+            )
+        if pretrained:  # transformers draws missing weights at random and reports them here only
+            model, info = transformers.AutoModel.from_pretrained(
+                wanted, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            mismatched = [key for key, *_ in info["mismatched_keys"]]
+            check_weights(name, info["missing_keys"], mismatched, info["unexpected_keys"])
         else:
             model = transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # no such id, no weights, no network
+    except (*UNREADABLE, StrictDataclassError) as error:
         raise UserError(
-            f"--backbone: the weights of {wanted} cannot be had ({reason(error)}).\n"
-            "Give a folder that holds them, tiny-roberta, or random:roberta_base to measure speed only."
+            f"--backbone: {wanted} cannot be loaded ({reason(error)}).\n"
+            "Give a folder that holds its weights, tiny-roberta, or random:roberta_base to measure speed only."
         ) from error
 
     def load():
@@ -204,7 +277,7 @@ def fetch_text_model(name, wanted, pretrained):
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--backbone: {wanted} comes without its tokenizer, which a text source needs ({reason(error)}).\n"
-                "Save it beside the model: tokenizer.save_pretrained(folder)."
+                "Save it in the same folder: tokenizer.save_pretrained(folder)."
             ) from error
         return vocabulary
 
@@ -218,17 +291,41 @@ def first_position(embeddings):
 
 
 def is_text_model(short, path):
-    """Does `short` name a text model? Known by its file's architecture, its folder's config.json, or a slash (an id)."""
+    """Does `short` name a text model? Known by its file's architecture, its folder's config.json, or a slash (an id).
+
+    Raises UserError for a folder without a readable config.json, and for a file of another format.
+    """
     if path.suffix == ".safetensors":
         return "model_type" in read_file(path)[0]
     if path.is_dir():
-        config = path / "config.json"
-        return config.exists() and '"model_type"' in config.read_text()
+        try:
+            return "model_type" in dict(json.loads((path / "config.json").read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"--backbone: {path} has no readable config.json ({reason(error)}).\n"
+                "Give a folder saved by timm (save_for_hf) or transformers (save_pretrained)."
+            ) from error
+    if path.is_file() or path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        raise UserError(
+            f"--backbone: {path} does not say its architecture; the only files that do are those of tools/pretrain.py.\n"
+            "Load it into its model, then save a folder with timm (save_for_hf) or transformers (save_pretrained)."
+        )
     return "/" in SHORT_NAMES.get(short, short) and not short.startswith("hf-hub:")
 
 
+def convert_swin(weights, swin):
+    """Weights of an older timm, or of the official code, under the names of this timm: what it does itself to load them."""
+    try:
+        return sys.modules[type(swin).__module__].checkpoint_filter_fn(weights, swin)
+    except AttributeError:  # a name that the model does not have: `compare_weights` will tell
+        return weights
+
+
 def fetch_swin(short, wanted, pretrained):
-    """A timm model by name, or from a folder saved by timm. Raises UserError if nobody knows it, or it cannot be had."""
+    """A timm model by name, or from a folder saved by timm.
+
+    Raises UserError for an unknown name, weights that do not fit, or if nothing can be loaded.
+    """
     timm = import_timm()
     folder = Path(short).is_dir()
     if not folder and not timm.is_model(wanted) and not short.startswith("hf-hub:"):
@@ -237,27 +334,29 @@ def fetch_swin(short, wanted, pretrained):
             f"--backbone: no model is called {short!r}. Known here: {known}; any timm Swin; owner/name on Hugging Face; a path."
         )
     try:
-        return timm.create_model(f"local-dir:{short}" if folder else wanted, pretrained=pretrained)
-    except (OSError, ValueError, RuntimeError) as error:  # no such tag, no weights, no network
+        swin = timm.create_model(f"local-dir:{short}" if folder else wanted)
+        check_swin(short, swin)
+        if pretrained:
+            # where names or classes differ, timm leaves weights random and goes on: check what it is about to load
+            check = swin.register_load_state_dict_pre_hook(lambda model, weights, *_: compare_weights(short, model, weights))
+            timm.models.load_pretrained(swin, num_classes=swin.num_classes, filter_fn=convert_swin, strict=False)
+            check.remove()
+    except UNREADABLE as error:
         raise UserError(
-            f"--backbone: the weights of {wanted} cannot be had ({reason(error)}).\n"
-            f"Give a folder that holds them, tiny-swin, or random:{short} to measure speed only."
+            f"--backbone: {wanted} cannot be loaded ({reason(error)}).\n"
+            f"Give a folder that holds its weights, tiny-swin, or random:{short} to measure speed only."
         ) from error
+    return swin
 
 
 def load_model(name, pretrained=True):
     """The model `name` of `common.load_source`: (a timm Swin, None), or (a BERT-like model, its Tokenizer)."""
-    short = name.removeprefix("random:")
-    pretrained = pretrained and short == name
+    short = os.path.expanduser(name.removeprefix("random:"))
+    pretrained = pretrained and not name.startswith("random:")
     path = Path(short)
     if (WEIGHTS / f"{short}.safetensors").exists():
         path = WEIGHTS / f"{short}.safetensors"
     from_file, wanted = path.suffix == ".safetensors", SHORT_NAMES.get(short, short)
     if is_text_model(short, path):
         return read_roberta(path, pretrained) if from_file else fetch_text_model(name, wanted, pretrained)
-    swin = read_swin(path, pretrained) if from_file else fetch_swin(short, wanted, pretrained)
-    if not hasattr(swin, "layers") or not hasattr(swin, "patch_embed"):
-        raise UserError(
-            f"--backbone: {name} is a {type(swin).__name__}; only Swin transformers can be cut into embedder and encoder."
-        )
-    return swin, None
+    return read_swin(path, pretrained) if from_file else fetch_swin(short, wanted, pretrained), None

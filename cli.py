@@ -4,9 +4,10 @@ Imports nothing of ours, and no torch.
 """
 
 import errno
+import os
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,21 +95,27 @@ def stream(name, *numbers):
 def command_line(Args, doc, check_task=None):
     """Read the command line into the dataclass `Args`, whose field docstrings are the help; exit code 2 for a bad value.
 
+    A leading ~ in a path becomes the home directory, which the shell does not do in --out-dir=~/runs.
     `check_task(name)` raises UserError for an unknown task.
     """
     import tyro
+
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):  # a notebook's streams are not files
+            output.reconfigure(errors="replace")  # an ASCII terminal prints ± as ?
 
     def read():
         args = tyro.cli(Args, description=doc)
         if check_task and hasattr(args, "task"):
             check_task(args.task)
         for name in POSITIVE:
-            if (value := getattr(args, name, None)) is not None and not value > 0:
-                raise UserError(f"--{option(name)} {value} must be positive.")
+            if (value := getattr(args, name, None)) is not None and not 0 < value < float("inf"):
+                raise UserError(f"--{option(name)} {value} must be positive" + " and finite" * (value > 0) + ".")
         for name, most in LARGEST.items():
             if not 0 <= (getattr(args, name, None) or 0) <= most:
                 raise UserError(f"--{option(name)} {getattr(args, name)} must lie between 0 and {most:g}.")
-        return args
+        home = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str) and v.startswith("~")}
+        return replace(args, **home)
 
     return guarded(read)
 

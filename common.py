@@ -139,7 +139,8 @@ def make_embedder(shape, source, init, max_tokens=512):
             f"Give {fitting}, or leave --backbone out."
         )
     if modality == "2d":
-        return initialise(Embedder2d(shape[0], source.token_width, source.size), source, init)
+        patch = source.embedder.project.kernel_size[0]
+        return initialise(Embedder2d(shape[0], source.token_width, source.size, patch), source, init)
     return initialise(Embedder1d(*shape, source.token_width, min(max_tokens, source.positions)), source, init)
 
 

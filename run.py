@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -162,16 +163,46 @@ def mean_loss(losses, split, step, epoch, args):
     return sum(recent) / len(recent)
 
 
-class Run:
-    """One run: its processes and device, its options filled in, and its folder.
+def torchrun():
+    """(rank, number of processes, number on this machine) as torchrun sets them; (0, 1, 0) without it.
 
-    `torchrun` sets RANK and WORLD_SIZE; without them the same lines describe a single process.
+    Raises UserError if only some of its variables are set, as clusters and notebooks do.
     """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    numbers = given.get("RANK", "0"), given.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK") or "0"
+    rank, world, local = (int(n) if n.isdecimal() else -1 for n in numbers)
+    alone, together = (rank, world) == (0, 1), len(given) == len(names) and 0 <= rank < world
+    if not alone and not together:
+        values = ", ".join(f"{name} is {given.get(name, 'not set')}" for name in names)
+        raise UserError(f"{values}: start with torchrun, or unset RANK and WORLD_SIZE for a single process.")
+    return rank, world, local
+
+
+def damage(path):
+    """What is wrong with a file of a run folder, in words; None if it is whole. Reads beginnings and ends, not the weights."""
+    if not path.exists():
+        return "is missing"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # its header says how long the file is
+                return None
+        if path.suffix == ".pt":
+            zipfile.ZipFile(path).close()  # its table of contents comes last
+            return None
+        rows = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return None if rows and all(isinstance(json.loads(row), dict) for row in rows) else "is empty"
+    except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
+        return f"is empty or cut short ({reason(error)})"
+
+
+class Run:
+    """One run: its processes and device, its options filled in, and its folder."""
 
     def __init__(self, args, method):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world, local = torchrun()
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.allow_tf32 = False  # on by default: the embedder's convolution would be off by 1.6e-4
@@ -194,7 +225,7 @@ class Run:
     def start(self, *splits):
         """Make the run's folder; False if the run there is finished. `splits`: what it trains on; a toy run is named so.
 
-        Raises UserError if the folder holds another run, or this one without --resume.
+        Raises UserError if the folder holds another run, or this one without --resume, or a damaged one.
         """
         args, kinds = self.args, [split.kind for split in splits]
         identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
@@ -204,9 +235,11 @@ class Run:
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         self.stage1_file = self.folder / "stage1.safetensors"
-        if any(file.exists() for file in (self.stage1_file, self.last, self.result_file)):
+        if self.begun():
             if not args.resume:
-                state = "a finished run: see result.json" if self.result_file.exists() else "a run already: go on with --resume"
+                state = (
+                    "a finished run: see result.json" if self.result_file.exists() else "a run already: continue with --resume"
+                )
                 raise UserError(f"{self.folder} holds {state}.\nOr choose another --out-dir, or remove the folder.")
             before = json.loads((self.folder / "args.json").read_text())
             free = ("resume", "out_dir", "data_dir")  # what may change without changing the result
@@ -232,6 +265,29 @@ class Run:
                 raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
         processes = f", {self.world} processes" * (self.world > 1)
         print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
+        return True
+
+    def begun(self):
+        """Does the folder hold a run, finished or not? Raises UserError if one of its files is missing, empty or cut short.
+
+        A finished run may lack its checkpoints, which are large. A missing metrics.jsonl is no loss: --resume writes it again.
+        """
+        history = self.folder / "metrics.jsonl"
+        files = [self.folder / "args.json", self.result_file, self.last, self.best_file, self.stage1_file, history]
+        here = {file for file in files if file.exists()}
+        if here <= {self.folder / "args.json", self.best_file}:  # stopped in its first epoch, or not there
+            return False
+        needed = {self.folder / "args.json"}
+        if self.result_file not in here:
+            rows = [] if history not in here or damage(history) else map(json.loads, history.read_text().splitlines())
+            needed |= {self.stage1_file if "stage" in row else self.last for row in rows}
+            needed |= {self.best_file} if self.last in needed | here else set()
+        for file in files:
+            if file in needed | here and (wrong := damage(file)):
+                way = "Restore it, or remove the folder to start over."
+                if file in (self.result_file, history):
+                    way = "Remove it, and result.json if it is there, and repeat with --resume: they are written again."
+                raise UserError(f"{file} {wrong}.\n{way}")
         return True
 
     @contextlib.contextmanager
@@ -278,7 +334,7 @@ class Run:
             weights = load_file(self.stage1_file)
             for name, module in modules.items():
                 module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
-        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.stage1_file} is no first stage of this run ({reason(error)}).\nRemove the folder to start over."
             ) from error
@@ -292,7 +348,10 @@ class Run:
     @torch.compiler.set_stance("force_eager")  # its last batch is smaller: not worth compiling again
     @torch.no_grad()
     def evaluate(self, model, split, task):
-        """The task's metric of `model` on a whole split, each process its share, computed once on all samples."""
+        """The task's metric of `model` on a whole split, each process its share, computed once on all samples.
+
+        NaN if a prediction is not finite: the largest of NaN scores would still be some class.
+        """
         model.eval()
         out, y = [], []
         chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
@@ -305,10 +364,10 @@ class Run:
             shares = [None] * self.world
             torch.distributed.all_gather_object(shares, (out, y))
             out, y = (np.concatenate(parts) for parts in zip(*shares, strict=True))
-        return task.score(out, y)
+        return task.score(out, y) if np.isfinite(out).all() else math.nan
 
     def resume(self, net, optimizer, schedule):
-        """Load the last finished epoch if there is one; the number of the epoch to go on with."""
+        """Load the last finished epoch if there is one. Returns the number of the next epoch, from 0."""
         if not self.last.exists():
             return 0
         try:
@@ -318,13 +377,15 @@ class Run:
             getattr(net, "module", net).load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            self.history, self.best, self.best_epoch, self.seconds = (
+                state[k] for k in ("history", "best", "best_epoch", "seconds")
+            )
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"{self.last} is no checkpoint of this run ({reason(error)}).\nRemove the folder to start over."
             ) from error
-        self.history, self.best, self.best_epoch, self.seconds = (
-            state[k] for k in ("history", "best", "best_epoch", "seconds")
-        )
+        if self.rank == 0:
+            self.write_history()  # a run killed right after its checkpoint lacks a line
         print(f"resumed after epoch {len(self.history)}")
         return len(self.history)
 
@@ -371,7 +432,10 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def finish(self, model, loaded, source=None):
-        """Test the last and the best checkpoint; write result.json and curves.png. Returns the result."""
+        """Test the last and the best checkpoint; write result.json and curves.png. Returns the result.
+
+        Raises UserError, and writes nothing, when a test error is not finite.
+        """
         args, task = self.args, loaded.task
         test = test_last = self.evaluate(model, loaded.test, task)
         if self.best_epoch < len(self.history):
@@ -379,6 +443,11 @@ class Run:
                 torch.distributed.barrier()  # the best checkpoint is on disk
             model.load_state_dict(load_file(self.best_file, device=str(self.device)))
             test = self.evaluate(model, loaded.test, task)
+        if not (math.isfinite(test) and math.isfinite(test_last)):
+            raise UserError(
+                f"the error on test is {test} (epoch {self.best_epoch}) and {test_last} (last epoch), on validation {self.best}.\n"
+                "Check the test samples, or start again in another --out-dir with a lower --lr or --clip 1."
+            )
         seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size
         root = Path(__file__).parent
         git = shutil.which("git")
@@ -395,10 +464,9 @@ class Run:
             "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
         }  # fmt: skip
         if self.rank == 0:
-            self.write_history()  # a run killed after its last checkpoint lacks a line
             title = f"{self.folder.name}  ({self.kind} data)"
             write(self.folder / "curves.png", curves(title, self.stage1, self.history, result))
-            write(self.result_file, json.dumps(result, indent=1).encode())
+            write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
         print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")
         print(self.result_file)
         if self.world > 1:
