@@ -158,8 +158,10 @@ def import_timm():
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         from importlib.metadata import version
 
-        raise UserError(f"torch {version('torch')} and torchvision {version('torchvision')} do not match ({error}).\n"
-                        "Install both from the same index: pip install --force-reinstall torch torchvision") from error  # fmt: skip
+        raise UserError(
+            f"torch {version('torch')} and torchvision {version('torchvision')} do not match ({error}).\n"
+            "Install both from the same index: pip install --force-reinstall torch torchvision"
+        ) from error
     return timm
 
 

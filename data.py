@@ -27,7 +27,7 @@ import numpy as np
 
 from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
-from tasks.files import DOWNLOADS, NINAPRO, Lazy, fetch, locate, present
+from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present
 from tasks.published import RECIPES, TINY, Recipe
 
 __all__ = ["PROXIES", "TASKS", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy", "locate",
@@ -55,7 +55,8 @@ class Task:
     loss: Callable = scores.cross_entropy  # (out, y) of a batch -> scalar
     score: Callable = scores.zero_one  # (out, y) of all samples, numpy -> error, lower is better
     metric: str = "error"
-    mean: tuple[float, ...] | None = None  # per channel, after pictures (uint8) are scaled to [0, 1]
+    stored: tuple[int, ...] | None = None  # of a sample as `read` returns it, where `augment` changes the shape
+    mean: tuple[float, ...] | None = None  # per channel, after images (uint8) are scaled to [0, 1]
     std: tuple[float, ...] = ()
     augment: Callable | None = None  # (x, u or None) -> x: training batches come with draws u
     draws: int = 5  # how many of them
@@ -74,7 +75,7 @@ class Proxy:
     """A labelled data set of the modality the backbone was pretrained on: the source."""
 
     name: str
-    shape: tuple[int, ...]  # of a picture, or (words,)
+    shape: tuple[int, ...]  # of an image, or (words,)
     target: Literal["class", "field"]
     output: tuple[int, ...]
     read: Callable  # (data_dir, n, seed) -> x, y and, for text, the number of labels
@@ -132,6 +133,7 @@ TASKS = table((
         "cosmic", "cosmic rays in Hubble images", (1, 128, 128), "field", (128, 128), fields.read_cosmic,
         toys.hits, (("cosmic_train",), ("cosmic_test",)), RECIPES["cosmic"],
         loss=scores.mask_loss, score=scores.balanced_error, metric="1-bal.acc", augment=fields.add_sky,
+        stored=(1, 129, 128),
     ),
     Task(
         "ninapro", "hand movements from muscle signals", (1, 16, 52), "class", (18,), signals.read_ninapro,
@@ -141,7 +143,7 @@ TASKS = table((
         "fsd50k", "sound events, from a log-mel image", (1, 96, 102), "labels", (200,), signals.read_fsd50k,
         toys.sounds, (("audio",),), RECIPES["fsd50k"],
         loss=functools.partial(scores.presence, positive=10.0), score=scores.clip_map_error, metric="1-mAP",
-        augment=signals.hear, draws=25,
+        augment=signals.hear, draws=25, stored=(2, signals.RATE),
     ),
     Task(
         "ecg", "heart rhythm from an electrocardiogram", (1, 1000), "class", (4,), signals.read_ecg,
@@ -278,8 +280,9 @@ def of_one_batch(args):
 class Split:
     """One split: x (n, ...) and y (n, ...), whole on the device, or Lazy; prepared there, in batches.
 
-    Pictures are uint8 and scaled to [0, 1], token ids int64 and left alone, anything else becomes fp32. `like` is its Task or
-    Proxy: name, target, output, loss, mean, std and augmentation. `classes`: how many there are (labels: how many), else None.
+    x and y have passed `gate`. Images (uint8) are scaled to [0, 1], token ids (int64) are left as they are, everything else is
+    fp32. `like` is its Task or Proxy: name, target, output, loss, mean, std and augmentation. `classes`: the number of classes
+    or labels, None for fields.
     """
 
     def __init__(self, x, y, classes, kind, like, device):
@@ -372,6 +375,29 @@ class Split:
                 yield self._prepare(x, u[step].to(self.device)), y
 
 
+def gate(where, x, y, like, classes, rows=None):
+    """The samples `rows` (None: all) as a Split takes them. Files, tables, arrays of one's own and sources all pass here.
+
+    There are as many inputs as targets, and at least one. Shapes are those that `like`, a Task or Proxy, declares. Inputs are
+    finite; targets are classes in range, labels 0 or 1, or finite fields (where the loss is `scores.mask_loss`: 0, 1, or NaN
+    for pixels that are ignored). Lazy samples are checked when they are read, before they go to the device.
+
+    Returns: x and y, in the dtypes of `files.check`.
+    Raises: UserError that begins with `where` and names the sample and what was expected.
+    """
+    if len(x) != len(y) or len(y) == 0:
+        raise UserError(f"{where}: {len(x):,} inputs and {len(y):,} targets; expected equally many, and at least one.")
+    x, y = (part if rows is None else part[rows] for part in (x, y))
+    kind = ("class", 2**31) if len(like.shape) == 1 else ("input",)  # token ids are whole numbers, too
+    x = check(f"{where}: x", x, getattr(like, "stored", None) or like.shape, *kind, rows=rows)
+    shape, values = {"class": ((), "class"), "labels": ((classes,), "labels"), "field": (like.output, "number")}[like.target]
+    if getattr(like.loss, "func", like.loss) is scores.mask_loss:
+        values = "mask"
+    if getattr(like, "score", None) is scores.clip_map_error and getattr(y, "shape", ())[1:] == (classes + 1,):
+        shape = (classes + 1,)  # the last column is the number of the clip that a sample is cut from
+    return x, check(f"{where}: y", y, shape, values, classes, rows=rows)
+
+
 @dataclass
 class Loaded:
     task: Task  # with what only the files tell: a table's shape and classes, darcy's units
@@ -387,8 +413,8 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     the checkpoint on the test set. `n_train` remain for training (None: the other nine tenths of all there are).
     `as_released`: data of PDE tasks with the mistakes of the official files and of ORCA's loader (docs/pde.md).
 
-    Where files are missing, PDE tasks are simulated; toy data take the place of others at the tiny scale, aloud.
-    Raises: Missing at full scale.
+    Where files are missing, PDE tasks are simulated; at the tiny scale others use toy data, and a printed line says so.
+    Raises: Missing at full scale. UserError where data are not what the task says, see `gate`.
     """
     import torch
 
@@ -412,12 +438,10 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
             test = task.toy(min(TOY_TEST, most), seed=1)
             kind, changes = "toy", []
     task = replace(task, **changes[0]) if changes else task
-    for part, (_, y) in (("training", train), ("test", test)):
-        if task.target == "class" and kind != "toy" and not 0 <= y.min() <= y.max() < task.output[0]:
-            raise UserError(f"{task.name}: the classes of the {part} set go from {y.min()} to {y.max()}.\n"
-                            f"Number its {task.output[0]} classes from 0 to {task.output[0] - 1}.")  # fmt: skip
+    train, test = ([numbers(f"{task.name}, {name}", part) for part in (x, y)]
+                   for name, (x, y) in (("training set", train), ("test set", test)))  # fmt: skip
     classes = count_classes(task.target, train[1]) if kind == "toy" else None if task.target == "field" else task.output[0]
-    order = np.random.default_rng(stream("validation split", seed)).permutation(len(train[1]))
+    order = np.random.default_rng(stream("validation split", seed)).permutation(len(train[0]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
     n_val = max(1, n_train // 9)
     if (groups := getattr(train[0], "groups", None)) is not None:  # a tenth of the groups, whole, comes first
@@ -425,9 +449,12 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
         held = np.isin(groups[order], kinds[: max(1, len(kinds) // 10)])  # (n,) in the order drawn
         n_val, n_train = min(n_val, int(held.sum())), min(n_train, int((~held).sum()))
         order = np.concatenate([order[held][:n_val], order[~held]])
-    parts = {"val": np.sort(order[:n_val]), "train": np.sort(order[n_val : n_val + n_train])}
-    splits = {name: Split(train[0][i], train[1][i], classes, kind, task, device) for name, i in parts.items()}
-    loaded = Loaded(task, **splits, test=Split(*test, classes, kind, task, device))
+    rows = {"train": np.sort(order[n_val : n_val + n_train]), "val": np.sort(order[:n_val])}
+    passed = {name: gate(f"{task.name}, training set", *train, task, classes, part) for name, part in rows.items()}
+    passed["test"] = gate(f"{task.name}, test set", *test, task, classes)
+    if n_train < 1:
+        raise UserError(f"{task.name}: {len(order)} training samples; expected two or more: some are held out for validation.")
+    loaded = Loaded(task, **{name: Split(*part, classes, kind, task, device) for name, part in passed.items()})
     first = torch.zeros(1, dtype=torch.int64, device=device)
     found, wanted = tuple(loaded.train.inputs(first).shape[1:]), tuple(task.shape)
     if found != wanted:
@@ -465,6 +492,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
     if proxy.modality == "1d":
         x = text.token_ids(x, tokenizer)  # (n, words)
     what = f"{classes} classes" if classes else f"fields {size(proxy.output)}"
+    x, y = gate(f"source {name}", x, y, proxy, classes)
     print(f"source  {name}: {kind} data, {len(y):,} samples, {what}")
     return Split(x, y, classes, kind, proxy, device)
 

@@ -445,7 +445,7 @@ class Run:
             test = self.evaluate(model, loaded.test, task)
         if not (math.isfinite(test) and math.isfinite(test_last)):
             raise UserError(
-                f"the error on test is {test} (epoch {self.best_epoch}) and {test_last} (last epoch), on validation {self.best}.\n"
+                f"the error on test is {test} (epoch {self.best_epoch}) and {test_last} (last epoch), validation {self.best}.\n"
                 "Check the test samples, or start again in another --out-dir with a lower --lr or --clip 1."
             )
         seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size

@@ -1,4 +1,7 @@
-"""Files: downloading them, and reading what cannot be trusted. A damaged file ends with a UserError that names it."""
+"""Files: downloading them, reading them, and `check`, the gate that every array of data passes.
+
+A damaged file, or one with other values than the task needs, ends with a UserError that names it.
+"""
 
 import contextlib
 import errno
@@ -7,6 +10,7 @@ import hashlib
 import http.client
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import urllib.error
@@ -31,8 +35,8 @@ class Download:
     url: str
     md5: str | None  # None where nobody published one
     megabytes: int
-    gives: tuple[str, ...]  # what lies in the data folder once it is there: all of these glob patterns
-    name: str | None = None  # where it goes in the data folder, if not to the address's last part
+    gives: tuple[str, ...]  # the files it leaves in the data folder: all of these glob patterns match
+    name: str | None = None  # its path in the data folder; None: the last part of the URL
     by_hand: str = ""  # another way to get it
     unpack: bool = False  # a zip that is read as a folder
 
@@ -94,26 +98,36 @@ DOWNLOADS = {
 }  # fmt: skip
 
 
-DEPTH = 4  # files are found up to three folders below the data folder, as PDEBench's downloader puts them
+DEPTH = 4  # levels that are searched for files: the data folder and three below it, as PDEBench's downloader makes them
+
+
+def is_system_file(path):
+    """True for what an operating system leaves beside files, with their names: ._x.JPEG, .DS_Store, __MACOSX/x, .Trash/x."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in Path(path).parts)
+
+
+def find(data_dir, pattern):
+    """The paths in `data_dir` that match a glob pattern, sorted, without system files."""
+    return [path for path in sorted(Path(data_dir).glob(pattern)) if not is_system_file(path.relative_to(data_dir))]
 
 
 def present(download, data_dir):
-    """Is all that the download gives in the folder? Patterns that begin with **/ look as deep as `locate`."""
+    """True if all files of a download are in the folder. Patterns that begin with **/ are searched as deep as `locate`."""
     file = Path(data_dir) / (download.name or download.url.rsplit("/", 1)[1])
     if (download.unpack or file.name.endswith((".tar", ".tar.gz"))) and file.exists():
-        return False  # an archive goes when all of it is unpacked
+        return False  # an archive is removed once all of it is unpacked
 
     def found(pattern):
         deep = [f"{'*/' * depth}{pattern[3:]}" for depth in range(DEPTH)] if pattern.startswith("**/") else [pattern]
-        return any(p.suffix != ".part" for d in deep for p in Path(data_dir).glob(d))
+        return any(path.suffix != ".part" for d in deep for path in find(data_dir, d))
 
     return all(found(pattern) for pattern in download.gives)
 
 
 def fetch(download, data_dir):
-    """Fetch one file into `data_dir` and unpack it there if it is an archive; a broken download goes on where it stopped.
+    """Download one file into `data_dir` and unpack it there if it is an archive; an interrupted download is resumed.
 
-    Raises UserError when the server does not answer, sends too little, or sends something else than the checksum says.
+    Raises UserError if the server does not answer or sends too little, or if the checksum is wrong.
     """
     data_dir = Path(data_dir)
     path = data_dir / (download.name or download.url.rsplit("/", 1)[1])
@@ -137,7 +151,7 @@ def fetch(download, data_dir):
         except urllib.error.HTTPError as error:
             if error.code != 416:  # 416: nothing is missing
                 raise UserError(
-                    f"{download.url} answers {error.code}.\nFetch it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+                    f"{download.url} answers {error.code}.\nDownload it by hand{by_hand}: {path}, {download.megabytes:,} MB."
                 ) from error
             total = have
         except (OSError, http.client.HTTPException) as error:
@@ -145,12 +159,12 @@ def fetch(download, data_dir):
                 raise
             raise UserError(
                 f"{download.url} cannot be reached ({error}).\n"
-                f"Try again later, or fetch it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+                f"Try again later, or download it by hand{by_hand}: {path}, {download.megabytes:,} MB."
             ) from error
         if part.stat().st_size < total:
             raise UserError(
                 f"{download.url} stopped after {part.stat().st_size:,} of {total:,} bytes.\n"
-                "The same command goes on from there."
+                "Repeat the command to resume."
             )
         if download.md5:
             with part.open("rb") as file:
@@ -168,7 +182,7 @@ def fetch(download, data_dir):
                 with tarfile.open(path) as archive:
                     archive.extractall(data_dir, filter="data")
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a whole archive ({error}).\nRemove it and fetch it again.") from error
+            raise UserError(f"{path} is not a whole archive ({error}).\nRemove it and download it again.") from error
         path.unlink()
 
 
@@ -178,10 +192,10 @@ def fetch(download, data_dir):
 
 
 class Lazy:
-    """Samples that stay in their files until they are asked for: `read(rows, u)` gives an array (B, ...).
+    """Samples that stay in their files until they are needed: `read(rows, u)` returns an array (B, ...).
 
-    `u` are the uniform draws (B, draws) of a training batch, or None. `groups` (n,) tells which samples belong together (cut
-    from one record), so that they are not parted between training and validation.
+    `u` are the uniform draws (B, draws) of a training batch, or None. `groups` (n,) are the numbers of the records that samples
+    are cut from; those of one record never go to both training and validation.
     """
 
     def __init__(self, n, read, groups=None, rows=None):
@@ -196,30 +210,55 @@ class Lazy:
     def read(self, index, u=None):
         return self._read(self.rows[index], u)
 
+    def checked(self, where, shape, *values):
+        """The same samples, passed through `check` when they are read."""
+        return Lazy(None, lambda rows, u: check(where, self._read(rows, u), shape, *values, rows=rows), self.groups, self.rows)
+
 
 def of_files(read, paths):
-    """Samples that lie each in a file of their own, read by `read`."""
+    """Samples in files of their own, one each, read by `read`."""
     return Lazy(len(paths), lambda rows, u: np.stack([read(paths[row]) for row in rows]))
 
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Whatever goes wrong while a file is read becomes a UserError that names it: a damaged file can raise anything."""
+    """Turn every error while a file is read into a UserError that names it: a damaged file can raise anything."""
     try:
         yield
-    except (UserError, MemoryError, PermissionError):  # no fault of the file
+    except (UserError, MemoryError, PermissionError, ImportError):  # not a fault of the file
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # unpacking to a full disk is no fault of the file
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):  # unpacking to a full disk is not a fault of the file
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable {what} ({reason}).\nRemove it and fetch it again.") from error
+        if isinstance(error, UnicodeDecodeError):
+            raise UserError(f"{path} is not UTF-8 text ({reason}).\nSave it as UTF-8.") from error
+        if "unable to lock file" in reason:
+            raise UserError(
+                f"{path} is locked: another program has it open, or its file system has no locks ({reason}).\n"
+                "Close that program; if there is none, set HDF5_USE_FILE_LOCKING=FALSE."
+            ) from error
+        if re.search(r"filter .*not registered|required filter|can't open (directory|plugin)", reason):
+            raise UserError(
+                f"{path} is compressed by a filter that HDF5 does not have here ({reason}).\n"
+                "`pip install hdf5plugin` and set HDF5_PLUGIN_PATH to hdf5plugin.PLUGIN_PATH, or rewrite it: h5repack -f NONE."
+            ) from error
+        if isinstance(error, OSError) and number:  # of the disk or the network
+            raise UserError(f"{path} cannot be read: {error.strerror or reason}.") from error
+        raise UserError(f"{path} is not a readable {what} ({reason}).\nRemove it and download it again.") from error
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark. Raises UserError if it is in another encoding."""
+    with reading(path, "text file"):
+        return path.read_text(encoding="utf-8-sig")
 
 
 def locate(data_dir, name):
     """The file or folder `name` in data_dir, at most three folders deep. Raises Missing."""
     for depth in range(DEPTH):
-        if found := sorted(Path(data_dir).glob("*/" * depth + name)):
+        if found := find(data_dir, "*/" * depth + name):
             return found[0]
     raise Missing(f"no {name} in {data_dir}.")
 
@@ -232,7 +271,7 @@ def beside(path, name):
 
 
 def save_array(path, array):
-    """Write an .npy file under its final name only when it is whole: another run may be doing the same."""
+    """Write an .npy file under a temporary name, then rename it: another run may be writing the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.part")
     with unfinished.open("wb") as file:
@@ -241,7 +280,7 @@ def save_array(path, array):
 
 
 def kept(cache, name, what, make):
-    """The two arrays of `make()`, which takes long, kept under `cache`: it runs once, and says `what` it does. Mapped."""
+    """The two arrays of `make()`, cached as memory-mapped files: it takes long and runs once, after printing `what` it does."""
     paths = [cache / f"{name}-{part}.npy" for part in ("x", "y")]
     if not all(path.exists() for path in paths):
         print(f"{what}, once; kept in {cache}")
@@ -251,32 +290,104 @@ def kept(cache, name, what, make):
 
 
 def kept_of_file(cache, name, file, make):
-    """The two arrays that `make()` reads from a large `file`, kept: it is gone through once, and again if it has changed."""
+    """The two arrays that `make()` reads from a large `file`, cached until the file changes."""
     key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
     return kept(cache, f"{name}-{key}", f"reading what is needed of {file}", make)
 
 
 def read_npy(path, shape=None):
     """The array in an .npy file. Raises UserError if it is damaged, or not shaped as `shape` says (None: any number)."""
-    with reading(path, ".npy file"):
-        array = np.load(path, allow_pickle=False)
+    with reading(path, ".npy file"), path.open("rb") as file:
+        check_dtype(path, npy_header(file)[2])
+        file.seek(0)
+        array = np.load(file, allow_pickle=False)
     return check_shape(path, array, shape or (None,) * array.ndim)
 
 
-def check_shape(path, array, shape):
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking what was read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_dtype(where, dtype):
+    """Raises UserError unless this is a type of real numbers: no complex numbers, text, dates, or Python objects."""
+    if dtype.kind not in "biuf":
+        raise UserError(f"{where} holds values of type {dtype}; expected real numbers.")
+
+
+def numbers(where, array):
+    """`array`, or a list of numbers, as a numpy array; Lazy unchanged. Raises UserError unless it holds real numbers only."""
+    if isinstance(array, Lazy):
+        return array
+    if np.ma.is_masked(array):
+        raise UserError(f"{where} holds masked values; expected numbers only.")
+    try:
+        array = np.asarray(array)
+    except (ValueError, TypeError) as error:  # rows of unequal length, a tensor on a GPU
+        raise UserError(f"{where} is not an array of numbers ({str(error).splitlines()[0]}).") from error
+    check_dtype(where, array.dtype)
+    return array if array.ndim else array[None]  # a single number is one sample
+
+
+def check_shape(where, array, shape):
+    """`array`, if it holds real numbers and has this shape (None: any number). Raises UserError."""
+    check_dtype(where, array.dtype)
     if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
-        raise UserError(f"{path} holds {array.shape}; expected ({', '.join(str(s or 'n') for s in shape)}).")
+        expected = ", ".join("n" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
+        raise UserError(f"{where} holds {array.shape}; expected ({expected}).")
     return array
 
 
-def check_labels(path, labels, n, classes):
-    """Labels as (n,) int64. Raises UserError if there are not n of them, or one is not in 0..classes - 1."""
-    labels = np.asarray(labels).reshape(-1)
-    if len(labels) != n or n == 0:
-        raise UserError(f"{path}: {len(labels)} labels for {n} samples.")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(f"{path}: labels {labels.min()} to {labels.max()}; expected 0 to {classes - 1}.")
-    return labels.astype(np.int64)
+def check(where, array, shape, values="number", classes=None, first=0, rows=None):
+    """The gate: `array` (n, *shape), of any real dtype and byte order, in the dtype that models take. Lazy: when it is read.
+
+    Args:
+        where: what the message begins with: a file, or a task and its set.
+        shape: of a sample. Compared as a shape: nothing is reshaped, except class numbers (n, 1) to (n,).
+        values: what they must be
+            "number"  finite in fp32 -> fp32
+            "input"   the same, but images (uint8) stay uint8
+            "class"   whole numbers from `first` to `first` + `classes` - 1 -> int64 from 0
+            "labels"  0 or 1 -> fp32; columns after the first `classes` are other numbers
+            "mask"    0, 1, or NaN where a pixel is ignored -> fp32
+        rows: (n,) numbers of the samples for the message; None: 0, 1, ...
+    Raises UserError with `where`, the first wrong sample, its value and what was expected.
+    """
+    if isinstance(array, Lazy):
+        return array.checked(where, shape, values, classes, first)
+    array = numbers(where, array)
+    if not shape and array.shape[1:] == (1,):
+        array = array[:, 0]  # (n, 1) -> (n,)
+    check_shape(where, array, (None if rows is None else len(rows), *shape))
+    with np.errstate(over="ignore", invalid="ignore"):  # what they warn of is refused
+        if values == "class":
+            expected = f"a whole number from {first} to {first + classes - 1}"
+            right = (array >= first) & (array < first + classes) & (array % 1 == 0)
+            result = array.astype(np.int64) - first
+        elif values == "input" and array.dtype == np.uint8:
+            return array
+        else:
+            result = array.astype(np.float32, copy=False)
+            if values in ("number", "input"):
+                expected = "a finite fp32 number"
+                finite = not array.size or np.isfinite([result.min(), result.max()]).all()  # both are NaN if one value is
+                right = np.True_ if finite else np.isfinite(result)
+            else:
+                expected = "0 or 1" + ", or NaN where a pixel is ignored" * (values == "mask")
+                right = (array == 0) | (array == 1)
+                if values == "mask":
+                    right |= np.isnan(array)
+                elif classes is not None:
+                    right[:, classes:] = np.isfinite(array[:, classes:])
+    if right.all():
+        return result
+    wrong = np.flatnonzero(~right.reshape(len(right), -1).all(1))  # the samples with wrong values
+    sample, low, high = wrong[0], np.fmin.reduce(array, axis=None), np.fmax.reduce(array, axis=None)  # NaN left out
+    value = array[sample][~right[sample]].flat[0]
+    raise UserError(
+        f"{where}: sample {sample if rows is None else rows[sample]} has {value}; expected {expected}.\n"
+        f"Wrong in {len(wrong):,} of {len(array):,} samples (values {low} to {high}): correct them, or leave these samples out."
+    )
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -290,7 +401,7 @@ class ArraysOnly(pickle.Unpickler):
             return self.allowed[name]
         if (module, name) == ("_codecs", "encode"):  # how Python 2 wrote bytes
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not an array")
 
 
 def unpickle(path):
@@ -329,15 +440,26 @@ def unpickle_entries(path, *names):
 
 
 def map_npz(path, name, cache):
-    """One array of an .npz file, mapped: read only where it is asked for. A compressed one is unpacked to `cache` once."""
-    with reading(path, ".npz file"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    """One array of an .npz file, memory-mapped. A compressed one is unpacked to `cache` once.
+
+    Raises UserError if the file is damaged, has no such array, or holds Python objects: mapped, they would be wild pointers.
+    """
+    with reading(path, ".npz file"), zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise UserError(f"{path} has the arrays {[Path(n).stem for n in archive.namelist()]}; expected {name}.")
         info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as content:
+            shape, fortran, dtype = npy_header(content)
+            header = content.tell()  # bytes
+        check_dtype(f"{path}: {name}", dtype)
+        if 0 in shape:
+            raise UserError(f"{path}: {name} holds {shape}, no values.")
         if info.compress_type == zipfile.ZIP_STORED:
-            file.seek(info.header_offset + 26)
-            lengths = np.frombuffer(file.read(4), "<u2")  # of the name and of the extra field, which the data follow
-            file.seek(info.header_offset + 30 + int(lengths.sum()))
-            shape, fortran, dtype = npy_header(file)
-            return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+            with path.open("rb") as file:
+                file.seek(info.header_offset + 26)
+                lengths = np.frombuffer(file.read(4), "<u2")  # of the name and of the extra field, which the data follow
+            begin = info.header_offset + 30 + int(lengths.sum()) + header
+            return np.memmap(path, dtype, "r", begin, shape, "F" if fortran else "C")
         unpacked = cache / f"{path.stem}-{name}-{info.CRC:08x}.npy"
         if not unpacked.exists():
             print(f"unpacking {name} of {path.name}, once: {unpacked}")

@@ -6,13 +6,14 @@ torch is imported where it is used, so that `python data.py` answers at once; so
 """
 
 import hashlib
+import io
 import zipfile
 import zlib
 
 import numpy as np
 
 from cli import Missing, UserError, stream
-from tasks.files import check_labels, locate, reading, save_array, unpickle, unpickle_entries
+from tasks.files import check, find, is_system_file, locate, numbers, read_text, reading, save_array, unpickle_entries
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images with a class
@@ -20,24 +21,25 @@ from tasks.files import check_labels, locate, reading, save_array, unpickle, unp
 
 
 def check_images(path, images, labels, shape, classes):
-    """The two arrays as (n, C, H, W) uint8 and (n,) int64. Raises UserError where they are not what the task says."""
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.dtype != np.uint8 or images.size != len(labels) * np.prod(shape) or len(labels) == 0:
-        raise UserError(f"{path}: {images.dtype} images {images.shape} for {len(labels)} labels; expected uint8 (n, {shape}).")
-    return images.reshape(-1, *shape), check_labels(path, labels, len(labels), classes)
+    """The two arrays as (n, *shape) uint8 and (n,) int64. Raises UserError if they are anything else."""
+    images = numbers(f"{path}: images", images)
+    if images.dtype != np.uint8:  # whether their values go to 1 or to 255 would be a guess
+        raise UserError(f"{path}: {images.dtype} images {images.shape}; expected uint8.")
+    images, labels = check(f"{path}: images", images, shape, "input"), check(f"{path}: labels", labels, (), "class", classes)
+    if len(images) != len(labels):
+        raise UserError(f"{path}: {len(labels)} labels for {len(images)} images.")
+    return images, labels
 
 
 def read_cifar(folder, names, label, classes):
-    """Images (n, 3, 32, 32) uint8 and labels (n,) from the official pickles `names` of `folder`, those that are there."""
+    """Images (n, 3, 32, 32) uint8 and labels (n,) from those of the official pickles `names` that are in `folder`."""
     paths = [folder / name for name in names if (folder / name).exists()]
     if not paths:
         raise Missing(f"no {' or '.join(names[:2])} in {folder}.")
     parts = []
     for path in paths:
-        content = unpickle(path)
-        if "data" not in content or label not in content:
-            raise UserError(f"{path} has the entries {sorted(content)}; expected 'data' and '{label}'.")
-        parts.append(check_images(path, content["data"], content[label], (3, 32, 32), classes))
+        x, y = check_images(path, *unpickle_entries(path, "data", label), (3072,), classes)
+        parts.append((x.reshape(-1, 3, 32, 32), y))  # a row is the red, green and blue plane: (n, 3072) -> (n, 3, 32, 32)
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
@@ -52,13 +54,13 @@ def read_cifar10(data_dir, n=None, seed=0):
 
 
 def subset(x, y, n, seed):
-    """n of the samples, drawn at random; all of them for None, or if there are no more."""
+    """n of the samples, drawn at random; all if n is None or there are fewer."""
     index = np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(y))[:n])
     return x[index], y[index]
 
 
 def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
-    """Tiny-ImageNet from the folder tiny-imagenet-200/ or from tiny-imagenet-200*.zip, decoding only the images asked for.
+    """Tiny-ImageNet from the folder tiny-imagenet-200/ or from tiny-imagenet-200*.zip; only the images returned are decoded.
 
     Args:
         split: "train" or "val" (the 10,000 images the literature tests on).
@@ -69,7 +71,7 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
 
     open_file = {}  # name inside tiny-imagenet-200/ -> function that opens it
     root = data_dir / "tiny-imagenet-200"
-    archives = sorted(data_dir.glob("tiny-imagenet-200*.zip"))
+    archives = find(data_dir, "tiny-imagenet-200*.zip")
     if root.is_dir():
         open_file = {p.relative_to(root).as_posix(): p.open for p in root.rglob("*") if p.suffix in (".JPEG", ".txt")}
     else:
@@ -77,10 +79,11 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
             try:
                 archive = zipfile.ZipFile(path)
             except zipfile.BadZipFile as error:
-                raise UserError(f"{path} is not a whole zip file ({error}).\nRemove it and fetch it again.") from error
+                raise UserError(f"{path} is not a whole zip file ({error}).\nRemove it and download it again.") from error
             for name in archive.namelist():
                 open_file[name.removeprefix("tiny-imagenet-200/")] = lambda mode, a=archive, name=name: a.open(name)
 
+    open_file = {name: opened for name, opened in open_file.items() if not is_system_file(name)}
     images = sorted(name for name in open_file if name.startswith(f"{split}/") and name.endswith(".JPEG"))
     if not images:
         raise Missing(f"no images in {root} or {data_dir}/tiny-imagenet-200*.zip.")
@@ -89,8 +92,8 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
     else:  # val_annotations.txt: val_0.JPEG <tab> n03444034 <tab> box
         if "val/val_annotations.txt" not in open_file:
             raise Missing(f"no val/val_annotations.txt in {root} or {data_dir}/tiny-imagenet-200*.zip.")
-        with open_file["val/val_annotations.txt"]("rb") as file:
-            rows = (line.decode().split("\t") for line in file)
+        with reading(root / "val/val_annotations.txt", "table"), open_file["val/val_annotations.txt"]("rb") as file:
+            rows = (line.split("\t") for line in io.TextIOWrapper(file, "utf-8-sig"))
             label_of = {f"val/images/{row[0]}": row[1] for row in rows}
     classes = sorted({name.split("/")[1] for name in open_file if name.startswith("train/") and name.endswith(".JPEG")})
     if n is not None and n < len(images):
@@ -102,38 +105,70 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
             with open_file[name]("rb") as file:
                 x[i] = np.asarray(Image.open(file).convert("RGB"))
         except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise UserError(f"{name} of Tiny-ImageNet in {data_dir} is not a 64 x 64 picture ({error}).") from error
+            raise UserError(f"{name} of Tiny-ImageNet in {data_dir} is not a 64 x 64 image ({error}).") from error
     number = {name: i for i, name in enumerate(classes)}
     unknown = {label_of.get(name) for name in images} - number.keys()
     if unknown:
-        raise UserError(f"Tiny-ImageNet in {data_dir} is in part: {sorted(map(str, unknown))[:3]} have no training images.")
+        raise UserError(f"Tiny-ImageNet in {data_dir} is incomplete: {sorted(map(str, unknown))[:3]} have no training images.")
     y = np.array([number[label_of[name]] for name in images])
     return x.transpose(0, 3, 1, 2), y
 
 
+BORDER = 255  # in a mask of VOC: pixels that count for nothing
+
+
+def voc_colour(k):
+    """The colour (red, green, blue) of class k in VOC's palette: bits 0, 3, 6 of k are the highest bits of red, and so on."""
+    return tuple(sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3))
+
+
+VOC_CLASSES = {voc_colour(k): k for k in (*range(21), BORDER)}
+
+
+def read_voc_mask(path):
+    """A mask of VOC, resized: (128, 128) 1 where an object is, 0 background, NaN border.
+
+    Raises UserError if it is not of one channel with classes 0 (background) to 20 and 255, or if its palette has the colours of
+    VOC in another order: some programs renumber the colours of an image they save.
+    """
+    from PIL import Image
+
+    with reading(path, "palette image"):
+        image = Image.open(path)
+        classes = np.asarray(image)  # (H, W)
+        small = np.asarray(image.resize((128, 128), Image.NEAREST))
+    found = np.unique(classes)
+    if classes.ndim != 2 or not set(found.tolist()) <= set(VOC_CLASSES.values()):
+        what = f"the values {found[:30].tolist()}" if classes.ndim == 2 else f"{classes.shape[2]} channels"
+        raise UserError(f"{path} has {what}; expected one channel of classes 0 to 20, and {BORDER} for a border.")
+    palette = image.getpalette() if image.mode == "P" else []  # red, green, blue of 0, of 1, ...
+    for k in found.tolist():
+        if (meant := VOC_CLASSES.get(tuple(palette[3 * k : 3 * k + 3]), k)) != k:
+            raise UserError(f"{path} has {k} where VOC has {meant}: a program renumbered its colours.\nUse VOC's own file.")
+    return np.where(small == BORDER, np.nan, small > 0)
+
+
 def read_voc(data_dir, n, seed):
-    """PASCAL VOC 2012: pictures (n, 3, 224, 224) uint8; y (n, 128, 128) 1 where an object is, 0 background, NaN border.
+    """PASCAL VOC 2012: images (n, 3, 224, 224) uint8; masks (n, 128, 128) 1 where an object is, 0 background, NaN border.
 
     From VOC2012/ImageSets/Segmentation/train.txt, 1,464 names; the folders JPEGImages and SegmentationClass.
     """
     from PIL import Image
 
     listing = locate(data_dir, "VOC2012/ImageSets/Segmentation/train.txt")
-    names, root = listing.read_text().split(), listing.parents[2]
+    names, root = read_text(listing).split(), listing.parents[2]
     names = [names[i] for i in np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(names))[:n])]
     if not names:
         raise UserError(f"{listing} is empty.")
     x, y = np.empty((len(names), 3, 224, 224), np.uint8), np.empty((len(names), 128, 128), np.float32)
     for i, name in enumerate(names):
-        picture, mask = root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png"
-        for path in (picture, mask):
+        image, mask = root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png"
+        for path in (image, mask):
             if not path.exists():
                 raise Missing(f"no {path}.")
-        with reading(picture, "picture"):
-            x[i] = np.asarray(Image.open(picture).convert("RGB").resize((224, 224), Image.BILINEAR)).transpose(2, 0, 1)
-        with reading(mask, "palette picture"):
-            classes = np.asarray(Image.open(mask).resize((128, 128), Image.NEAREST))  # (128, 128) 0 background, 255 border
-            y[i] = np.where(classes == 255, np.nan, classes > 0)
+        with reading(image, "image"):
+            x[i] = np.asarray(Image.open(image).convert("RGB").resize((224, 224), Image.BILINEAR)).transpose(2, 0, 1)
+        y[i] = read_voc_mask(mask)
     return x, y
 
 
@@ -159,17 +194,17 @@ def sphere_grid(b):
 
 
 def project_to_sphere(images, rotations, b=30):
-    """Stereographic projection of flat pictures onto a rotated sphere.
+    """Stereographic projection of flat images onto a rotated sphere.
 
-    The sphere rests on the picture's plane and is lit from just above its north pole, so a point (x, y, z) of the
-    sphere shows the plane's point q = s / (s - 1 - z) (x, y), s = 2.001. The picture fills |q| <= 1.5, x along its rows;
+    The sphere rests on the image's plane and is lit from just above its north pole, so a point (x, y, z) of the
+    sphere shows the plane's point q = s / (s - 1 - z) (x, y), s = 2.001. The image fills |q| <= 1.5, x along its rows;
     outside of it is black. Values are interpolated bilinearly (the official script uses the pixels at -1 and +1 instead of
     0 and +1 and repairs the brightness afterwards).
 
     Args:
         images: (n, C, H, W) uint8.
-        rotations: (n, 3, 3), one for each picture (the official script: one for 500 pictures).
-    Returns: (n, C, 2b, 2b) uint8. About 0.1 ms a picture on two CPU cores.
+        rotations: (n, 3, 3), one for each image (the official script: one for 500 images).
+    Returns: (n, C, 2b, 2b) uint8. About 0.1 ms an image on two CPU cores.
     """
     import torch
     import torch.nn.functional as F
@@ -186,14 +221,14 @@ def project_to_sphere(images, rotations, b=30):
 
 
 def read_spherical(data_dir, cache):
-    """The official file if it is there, else our projection of CIFAR-100, kept under `cache` (10.8 kB an image)."""
+    """The official file; if it is missing, our projection of CIFAR-100, cached (10.8 kB an image)."""
     path, splits = data_dir / "s2_cifar100.gz", []
     if path.exists():
-        for name, content in zip(("train", "test"), unpickle_entries(path, "train", "test"), strict=True):
-            part = {k.decode() if isinstance(k, bytes) else k: v for k, v in dict(content).items()}
+        for name, part in zip(("train", "test"), unpickle_entries(path, "train", "test"), strict=True):
+            part = {k.decode() if isinstance(k, bytes) else k: v for k, v in part.items()} if isinstance(part, dict) else {}
             if not {"images", "labels"} <= part.keys():
                 raise UserError(f"{path} has no images and labels under '{name}'.")
-            splits.append(check_images(path, part["images"], part["labels"], (3, 60, 60), 100))
+            splits.append(check_images(f"{path}: {name}", part["images"], part["labels"], (3, 60, 60), 100))
         return *splits, "official"
     for name, (x, y) in zip(("train", "test"), read_cifar100(data_dir, cache)[:2], strict=True):
         key = hashlib.sha256(x.tobytes()).hexdigest()[:12]
@@ -229,7 +264,7 @@ def crop_and_flip(x, u, padding=4):
 
 
 def resized_crop_and_flip(x, u, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A box of random area and aspect ratio, enlarged to the whole picture, and horizontal flip (Inception's crop)."""
+    """A box of random area and aspect ratio, enlarged to the whole image, and horizontal flip (Inception's crop)."""
     import torch
     import torch.nn.functional as F
 
@@ -237,7 +272,7 @@ def resized_crop_and_flip(x, u, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
         return x
     area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
     aspect = torch.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 1])  # width / height
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # shares of the picture
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)  # shares of the image
     flip = torch.where(u[:, 4] < 0.5, 1.0, -1.0)
     theta = torch.zeros(len(x), 2, 3, device=x.device)
     theta[:, 0, 0], theta[:, 0, 2] = width * flip, (2 * u[:, 2] - 1) * (1 - width)

@@ -6,34 +6,38 @@ Shapes: n samples, B batch; the last axis is time, except for log-mel images (B,
 
 import csv
 import functools
+import io
 import json
 
 import numpy as np
 
 from cli import Missing, UserError
-from tasks.files import Lazy, beside, check_labels, check_shape, locate, map_npz, read_npy, reading, unpickle_entries
+from tasks.files import Lazy, beside, check, check_shape, find, locate, map_npz, read_npy, read_text, reading, unpickle_entries
 
 
 def read_ninapro(data_dir, cache):
-    """Surface electromyography, 16 electrodes x 52 samples: x (n, 1, 16, 52), as they are. The validation file trains, too."""
+    """Surface electromyography, 16 electrodes x 52 times: x (n, 1, 16, 52), not normalised. The validation file trains, too."""
     splits = {}
     for name in ("train", "val", "test"):
         path = locate(data_dir, f"ninapro_{name}.npy")
-        x = read_npy(path, (None, 52, 16)).astype(np.float32).transpose(0, 2, 1)[:, None]  # (n, 52, 16) -> (n, 1, 16, 52)
+        x = check(path, read_npy(path), (52, 16)).transpose(0, 2, 1)[:, None]  # (n, 52, 16) -> (n, 1, 16, 52)
         labels = beside(path, f"label_{name}.npy")
-        splits[name] = x, check_labels(labels, read_npy(labels), len(x), 18)
+        y = check(labels, read_npy(labels), (), "class", 18)
+        if len(x) != len(y):
+            raise UserError(f"{labels}: {len(y)} labels for {len(x)} samples.")
+        splits[name] = x, y
     train = tuple(np.concatenate(parts) for parts in zip(splits["train"], splits["val"], strict=True))
     return train, splits["test"], "official"
 
 
 def read_satellite(data_dir, cache):
-    """Vegetation index at 46 dates: x (n, 1, 46), as they are; the files' labels 1..24 become 0..23."""
+    """Vegetation index at 46 dates: x (n, 1, 46), not normalised; the files' labels 1..24 become 0..23."""
     splits = []
     for name in ("train", "test"):
         path = locate(data_dir, f"satellite_{name}.npy")
         x, y = unpickle_entries(path, "data", "label")
-        x = check_shape(path, np.asarray(x, np.float32), (None, 46))[:, None]  # (n, 1, 46)
-        splits.append((x, check_labels(path, np.asarray(y) - 1, len(x), 24)))
+        x = check(f"{path}: data", x, (46,))[:, None]  # (n, 46) -> (n, 1, 46)
+        splits.append((x, check(f"{path}: label", y, (), "class", 24, first=1)))
     return *splits, "official"
 
 
@@ -58,7 +62,7 @@ def read_ecg(data_dir, cache):
     for numbers in train_test_split(np.arange(len(labels)), test_size=0.1, random_state=0):
         signals, starts, y, groups, offset = [], [], [], [], 0
         for number in numbers:
-            signal = np.asarray(records[number], np.float32).reshape(-1)
+            signal = check(f"{path}: record {number}", records[number], ())  # (length,)
             begin = np.arange(0, len(signal) - 1000, ECG_STRIDE[labels[number]])
             signals.append((signal - signal.mean()) / (signal.std() or 1))
             starts.append(offset + begin)
@@ -72,7 +76,7 @@ def read_ecg(data_dir, cache):
 
 
 def windows(signal, starts, groups, length=1000):
-    """Windows of one long signal, cut when they are asked for: (n, 1, length)."""
+    """Windows of one long signal, cut when they are needed: (n, 1, length)."""
     return Lazy(len(starts), lambda rows, u: signal[starts[rows][:, None] + np.arange(length)][:, None], groups)
 
 
@@ -81,8 +85,9 @@ def read_deepsea(data_dir, cache):
     path = locate(data_dir, "deepsea_filtered.npz")
     x, y = {}, {}
     for name in ("train", "val", "test"):
-        x[name] = check_shape(path, map_npz(path, f"x_{name}", cache), (None, 1000, 4))
-        y[name] = check_shape(path, map_npz(path, f"y_{name}", cache), (len(x[name]), 36)).astype(np.float32)
+        x[name] = check_shape(f"{path}: x_{name}", map_npz(path, f"x_{name}", cache), (None, 1000, 4))
+        y[name] = map_npz(path, f"y_{name}", cache)  # (n, 36)
+        y[name] = check(f"{path}: y_{name}", check_shape(f"{path}: y_{name}", y[name], (len(x[name]), 36)), (36,), "labels")
 
     def lazy(*parts):
         ends = np.cumsum([len(part) for part in parts])
@@ -103,39 +108,41 @@ RATE = 22050  # of the sound files, in Hz; a chunk is one second
 
 
 def read_wav(path):
-    """A sound as float32 in [-1, 1]. Raises UserError for a damaged file, several channels, or another rate."""
+    """A sound as float in [-1, 1]. Raises UserError for a damaged file, NaN, several channels, or another rate."""
     from scipy.io import wavfile
 
     with reading(path, "wav file"):
         rate, sound = wavfile.read(path)
     if rate != RATE or sound.ndim != 1 or len(sound) == 0:
         raise UserError(f"{path} has {rate} Hz and shape {sound.shape}; expected one channel at {RATE} Hz.")
-    return sound / -float(np.iinfo(sound.dtype).min) if sound.dtype.kind == "i" else sound
+    if sound.dtype == np.uint8:  # 8-bit PCM is unsigned, around 128; wider samples are signed
+        return (sound - 128.0) / 128
+    return sound / -float(np.iinfo(sound.dtype).min) if sound.dtype.kind == "i" else check(path, sound, ())
 
 
 def a_second(sound, start=0):
-    """One second of a sound from a share `start` in [0, 1) of what there is; a shorter one is repeated. (RATE,) float32"""
+    """One second of a sound, (RATE,) float32, from the share `start` in [0, 1) on; a shorter one is repeated."""
     sound = np.resize(sound, max(len(sound), RATE))
     begin = int(start * (len(sound) - RATE + 1))
     return sound[begin : begin + RATE].astype(np.float32)
 
 
 def read_fsd50k(data_dir, cache):
-    """Seconds of sound, read lazily, x (n, 2, 22050): the chunk, and the noise to mix in; y (n, 200) the clip's labels.
+    """Seconds of sound, read lazily, x (n, 2, 22050): the chunk, and the noise to mix in; y (n, 200) the labels of the clip.
 
     A training sample is a clip: each time another of its chunks is drawn (official: one, chosen once), the middle one for
-    validation. A test sample is a chunk; its y has one column more, the number of its clip: the score averages over a clip.
+    validation. A test sample is a chunk; its y has a last column, the number of its clip: the score averages over a clip.
     """
     table = locate(data_dir, "chunks/tr.csv")
     with reading(label_file := beside(table, "lbl_map.json"), "json file"):
-        number = {name: int(i) for name, i in json.loads(label_file.read_text()).items()}
-    noises = sorted(p for p in (table.parent.parent / "noise_22050").rglob("*.wav"))
+        number = {name: int(i) for name, i in json.loads(read_text(label_file)).items()}
+    noises = find(table.parent.parent / "noise_22050", "**/*.wav")
 
     def clips(path):
         """The chunks of each clip, and its labels (clips, 200)."""
-        with reading(path, "table with files, labels, ext"), path.open(newline="") as file:
-            rows = [(row["files"], row["labels"], row["ext"]) for row in csv.DictReader(file)]
-            tail = rows[0][0][4:].lstrip("/")  # the first four characters stand for the folder that we look for
+        with reading(path, "table with files, labels, ext"):
+            rows = [(row["files"], row["labels"], row["ext"]) for row in csv.DictReader(io.StringIO(read_text(path)))]
+            tail = rows[0][0][4:].lstrip("/")  # the first four characters stand for the folder, which is searched for
         roots = [root for root in list(path.parents)[:4] if (root / tail).exists()]
         if not roots:
             raise Missing(f"no {tail}, which {path} names, in {path.parent} or above it.")
@@ -188,7 +195,7 @@ def mel_filters(device):
 
 
 def log_mel(sound):
-    """Decibels above nothing but their own mean: (B, 22050) -> (B, 96, 101).
+    """Log-mel spectrum in decibels, with mean 0: (B, 22050) -> (B, 96, 101).
 
     10 log10 max(power, 1e-10), cut 80 dB below the loudest, minus the mean. Spectra of 661 samples (Hann) every 220.
     """
@@ -224,7 +231,7 @@ def mask_bands(spectrum, u):
 
 
 def hear(x, u):
-    """Sound and noise to log-mel pictures: (B, 2, 22050) -> (B, 1, 96, 102), the last column is zero.
+    """Sound and noise to log-mel images: (B, 2, 22050) -> (B, 1, 96, 102), the last column is zero.
 
     With draws u (B, 25) both are masked, and three quarters get (1 - a) sound + a noise in decibels, a uniform in [0, 0.5].
     """

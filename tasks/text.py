@@ -6,17 +6,17 @@ from collections import Counter
 import numpy as np
 
 from cli import Missing, UserError, stream
-from tasks.files import locate, reading
+from tasks.files import locate, read_text, reading
 
 WORDS = 32  # in a sequence of the text sources
 
 
 def read_conll(data_dir, n, seed, files, relative=False):
-    """Running text in pieces of 32 words, [[str]], and a label for each (n,): the type that most of its words have, 0 if none.
+    """Text in pieces of 32 words, [[str]], and the label of each (n,): the type that most of its words have, 0 if none.
 
-    Columns: the word first, its tag last (B-PER, I-PER, O; empty lines part sentences). Types of fewer than 100 chunks count as
-    none. `relative`: the type that is most frequent compared to its share of the whole text. In CoNLL-2000 noun phrases are
-    the majority of 99 % of the pieces.
+    Columns: the word first, its tag last (B-PER, I-PER, O); empty lines separate sentences. Types of fewer than 100 chunks
+    count as none. `relative`: the type that is most frequent relative to its share of the whole text, since in CoNLL-2000 noun
+    phrases are the majority of 99 % of the pieces.
 
     Returns: the pieces, their labels, the number of labels.
     """
@@ -27,12 +27,11 @@ def read_conll(data_dir, n, seed, files, relative=False):
         except Missing:
             if name == files[-1]:
                 raise
-    with reading(path, "text in columns"):
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                text = archive.read("conll2000/train.txt").decode()
-        else:
-            text = path.read_text(encoding="utf-8")
+    if path.suffix == ".zip":
+        with reading(path, "zip file with conll2000/train.txt"), zipfile.ZipFile(path) as archive:
+            text = archive.read("conll2000/train.txt").decode("utf-8-sig")
+    else:
+        text = read_text(path)
     lines = [line.split() for line in text.splitlines()]
     lines = [line for line in lines if len(line) > 1 and line[0] != "-DOCSTART-"]
     tags = [line[-1].partition("-")[2] for line in lines]  # "B-PER" -> "PER", "O" -> ""
@@ -60,6 +59,6 @@ def read_conll2000(data_dir, n, seed):
 
 
 def token_ids(pieces, tokenizer):
-    """The first WORDS tokens of each piece, (n, WORDS) int64; short ones are filled with `tokenizer.pad`."""
+    """The first WORDS tokens of each piece, (n, WORDS) int64; shorter ones are padded with `tokenizer.pad`."""
     ids = [tokenizer(words)[:WORDS] for words in pieces]
     return np.array([row + [tokenizer.pad] * (WORDS - len(row)) for row in ids], np.int64)  # (n, WORDS)
