@@ -119,10 +119,10 @@ A Swin transformer of {parameters:.2f}M parameters for {size} x {size} images: {
 |---|---|
 | data | Tiny-ImageNet, {n_train:,} training images ({per_class} a class), 200 classes |
 | command | `{command}` |
-| trained | {epoch} of {epochs} epochs, {hours:.2f} hours, {device}, torch {torch}, bf16 autocast |
+| trained | {epoch} of {epochs} epochs, {hours:.2f} hours on {device}, torch {torch}, bf16 autocast |
 | top-1 | {top1:.1%} of {n_val:,} images of the official validation folder, measured on the fp16 file |
 | size | {megabytes:.1f} MB, fp16 |
-| licence | the weights are ours (MIT); Tiny-ImageNet is for non-commercial research |
+| licence | weights: MIT; Tiny-ImageNet: non-commercial research |
 """
 
 
@@ -237,18 +237,18 @@ def images(args):
 TEXT_CARD = """# {name}
 
 A RoBERTa of {parameters:.2f}M parameters: {layers} layers of width {width}, {heads} heads, {positions} positions, a byte-level
-BPE vocabulary of {entries:,} entries, kept in the same file.
+BPE vocabulary of {entries:,} entries, stored in the same file.
 
 | | |
 |---|---|
 | data | {sources}: {characters:.1f} million characters, {n_train:,} training tokens |
 | command | `{command}` |
 | trained | {step:,} of {steps:,} steps of {batch_size} x {length} tokens, {hours:.2f} h, {device}, torch {torch}, {precision} |
-| held out | {n_val:,} tokens, every 50th piece of {piece:,} characters; 15% of them masked, the fp16 file fills them in |
+| held out | {n_val:,} tokens, every 50th block of {piece:,} characters; 15% are masked and predicted with the fp16 file |
 | masked tokens | accuracy {accuracy:.1%}, loss {loss:.2f} nats |
 | unigram baseline | accuracy {unigram_accuracy:.1%}, loss {unigram_loss:.2f} nats, from the token counts of the training text |
 | size | {megabytes:.1f} MB, fp16 |
-| licence | the weights are ours (MIT); the texts, none of which is in this file, keep their owners' terms (CoNLL: research) |
+| licence | weights: MIT; the texts are not part of this file and remain under the terms of their owners (CoNLL: research) |
 """
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # as in RoBERTa; the first four have the same ids
 MASK, PIECE = SPECIAL.index("<mask>"), 10_000
