@@ -24,7 +24,8 @@ def answers(columns, rows, number=999, form="ARFF", targets=None, ignored=(), ty
                       *(",".join(map(str, row)) for row in rows)]) + "\n"  # fmt: skip
     said = {"STRING": "string", "REAL": "numeric", "INTEGER": "numeric"}
     targets = [list(columns)[-1]] if targets is None else targets
-    features = [{"index": str(i), "name": name, "data_type": "nominal" if isinstance(kind, list) else said.get(kind, "date"),
+    features = [{"index": str(i), "name": name,
+                 "data_type": "nominal" if isinstance(kind, list) else said.get(kind.upper(), "date"),
                  "is_target": str(name in targets).lower(), "is_ignore": str(name in ignored).lower(),
                  "is_row_identifier": "false", "number_of_missing_values": "0"}
                 for i, (name, kind) in enumerate(columns.items())]  # fmt: skip
