@@ -23,9 +23,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backbones
+import cli
 import common
 import data
 import orca
+import pare
 import run
 
 SIDE, N, D = 16, 16, 8  # images, their tokens, token width
@@ -414,22 +416,28 @@ def naive_run(backbone, tmp_path_factory):
     return recorded("finetune", backbone, tmp_path_factory.mktemp("naive"), *SETTING, pretend=[0.25, 0.75, 0.5, 0.375])
 
 
-@pytest.fixture(scope="module")
-def warmup_run(backbone, tmp_path_factory):
-    options = ["--mode", "warmup", "--warmup-share", 0.5, "--init", "random"]
-    return recorded("finetune", backbone, tmp_path_factory.mktemp("warmup"), *SETTING, *options)
-
-
 def test_naive_fine_tuning_takes_plain_steps(naive_run):
     check(naive_run, follow(naive_run, copy.deepcopy(naive_run.net), plain_loss(naive_run)))
     check_options(naive_run)
     assert starts_as_pretrained(naive_run.net.embedder, naive_run)
 
 
-def test_warmup_trains_the_embedder_alone_then_everything(warmup_run):
-    seen = warmup_run
-    trains = lambda name, epoch: epoch == 1 or name.startswith("embedder.")
-    done = follow(seen, copy.deepcopy(seen.net), plain_loss(seen), trains)
+def body(name):
+    return name.startswith("encoder.layers.") and any(part in name for part in ("attn.qkv.", "attn.proj.", "mlp.fc"))
+
+
+TRAINS = {
+    "warmup": lambda name, epoch: epoch == 1 or name.startswith("embedder."),  # the predictor waits, too
+    "frozen": lambda name, epoch: not body(name),
+    "probe": lambda name, epoch: name in ("predictor.linear.weight", "predictor.linear.bias"),
+}
+
+
+@pytest.mark.parametrize("mode", TRAINS)
+def test_baselines_train_the_parts_they_say(backbone, tmp_path, mode):
+    options = ["--mode", mode, "--init", "random", *(["--warmup-share", 0.5] if mode == "warmup" else [])]
+    seen = recorded("finetune", backbone, tmp_path, *SETTING, *options)
+    done = follow(seen, copy.deepcopy(seen.net).requires_grad_(), plain_loss(seen), TRAINS[mode])
     same(done.states[-1], weights(seen.folder))
     check_evaluation(seen, done)
     assert not starts_as_pretrained(seen.net.embedder, seen)
@@ -671,3 +679,56 @@ def test_mona_looks_one_step_ahead_then_refines_from_there(mona_run):
     check_evaluation(seen, done)
     check_options(seen)
     assert not starts_as_pretrained(seen.before.embedder, seen)  # --init
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the runs share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_resumes_with_the_weights_of_an_uninterrupted_one(naive_run, backbone, tmp_path, monkeypatch):
+    original = run.Run.end_epoch
+
+    def stop_after_the_first(self, *args):
+        original(self, *args)
+        if len(self.history) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "end_epoch", stop_after_the_first)
+        recorded("finetune", backbone, tmp_path, *SETTING, pretend=[0.25])
+    again = recorded("finetune", backbone, tmp_path, *SETTING, "--resume", pretend=[0.75, 0.5, 0.375])
+    assert all(torch.equal(v, weights(naive_run.folder)[k]) for k, v in weights(again.folder).items())
+    assert again.rows == naive_run.rows
+    kept = ("test", "test_last", "val", "best_epoch")
+    assert [again.result[k] for k in kept] == [naive_run.result[k] for k in kept] == [0.375, 0.5, 0.25, 1]
+
+
+def test_training_validation_and_test_are_disjoint(naive_run):
+    train, val, test = naive_run.train, naive_run.evaluations[0].split, naive_run.evaluations[2].split
+    images_of = [{x.numpy().tobytes() for x in split.x} for split in (train, val, test)]
+    assert [len(part) for part in images_of] == [24, 2, 40] == [len(split) for split in (train, val, test)]
+    assert len(set.union(*images_of)) == 24 + 2 + 40
+
+
+def test_the_class_predictor_answers_in_fp32_under_autocast():
+    predictor, features = common.ClassPredictor(8, 3), torch.randn(2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = predictor(features.bfloat16())
+    assert out.dtype == torch.float32 and torch.equal(out, predictor(features.bfloat16().float()))
+
+
+def test_streams_differ_by_name_and_by_every_number():
+    streams = [cli.stream(name, *numbers) for name in ("a", "b") for numbers in ((0,), (0, 0), (0, 0, 0), (0, 1), (1, 0))]
+    assert len(set(streams)) == len(streams) and all(0 <= s < 2**63 for s in streams)
+    assert cli.stream("a", 1, 2) == cli.stream("a", 1, 2)
+
+
+@pytest.mark.parametrize(
+    "options, words", [("--epochs 0", "positive"), ("--lr -1", "positive"), ("--k-begin 1.5", "between 0 and 1")]
+)
+def test_options_out_of_bounds_are_refused(monkeypatch, capsys, options, words):
+    monkeypatch.setattr("sys.argv", ["pare.py", *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(pare.Args, "")
+    assert stop.value.code == 2 and words in capsys.readouterr().err
