@@ -298,7 +298,7 @@ def check_options(seen):
 
 @pytest.fixture(scope="module")
 def pare_run(backbone, tmp_path_factory):
-    options = ["--init", "random", "--k-begin", 0.5, "--mix-weight", 0.3]
+    options = ["--init", "random", "--k-begin", 0.5, "--mix-weight", 0.3, "--temperature", 0.2]
     return recorded("pare", backbone, tmp_path_factory.mktemp("pare"), *SETTING, *options)
 
 
@@ -363,7 +363,7 @@ def pare_loss(seen, schedule, weight, noise=0.0, phase2=2):
             if noise:  # Gumbel: the distribution of the largest of many
                 S_t = S_t + noise * -torch.log(-torch.log(torch.rand(8, N)))
                 S_s = S_s + noise * -torch.log(-torch.log(torch.rand(8, N)))
-            X_m = [mix(*sample, k, 0.9) for sample in zip(X_t, X_s, S_t, S_s, strict=True)]
+            X_m = [mix(*sample, k, seen.args.temperature) for sample in zip(X_t, X_s, S_t, S_s, strict=True)]
         F_t, F_m = encode(net.model.encoder, torch.cat([X_t, torch.stack(X_m)])).chunk(2)  # main's order of drawing
         of_target = cross_entropy(predict(net.model.predictor, F_m), y_t)
         of_source = cross_entropy(predict(net.predictor_s, F_m), y_s)

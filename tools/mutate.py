@@ -9,6 +9,7 @@ mutation costs little more than its tests. The tests must also pass on the code 
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -67,6 +68,8 @@ MUTATIONS = {
         ("highest target tokens replaced", "top_k_mask(scores_t, N - k", "top_k_mask(-scores_t, N - k", PARE),
         ("lowest source tokens inserted", "top_k_mask(scores_s, k", "top_k_mask(-scores_s, k", PARE),
         ("temperature ignored", "s = scores / temperature", "s = scores / 1", PARE),
+        ("--temperature not passed on", "predictor_s, args.temperature, args.gate_noise)", "predictor_s, 0.9, args.gate_noise)",
+         PARE),
         ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = model.embedder(x_s)", PARE),
         ("source embedder trains along", "optimizer = make_optimizer(net, args)",
          "optimizer = make_optimizer(nn.ModuleList([net, source.embedder.requires_grad_()]), args)", PARE),
@@ -328,9 +331,9 @@ def import_libraries():
     import sklearn.datasets
     import sklearn.metrics
     import sklearn.model_selection  # noqa: F401
-    import timm
+    import timm  # noqa: F401
     import torch
-    import transformers
+    import transformers  # noqa: F401
     from transformers import AutoModel, RobertaForMaskedLM, RobertaModel  # noqa: F401
 
     matplotlib.use("Agg")
@@ -339,14 +342,10 @@ def import_libraries():
 
 def jobs_of(word):
     """The jobs: first the tests on the code as it is, file by file, then a job for each mutation."""
-    files = {}  # function -> its file
+    files = {}  # test function -> the files that define it
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        for line in path.read_text().splitlines():
-            if line.startswith("def test_"):
-                function = line[4:].split("(")[0]
-                if function in files:
-                    raise SystemExit(f"{function} is defined in {files[function]} and in {path.name}")
-                files[function] = path.name
+        for function in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE):
+            files.setdefault(function, []).append(path.name)
     mutations = []
     for file, rows in MUTATIONS.items():
         source = (ROOT / file).read_text()
@@ -354,11 +353,15 @@ def jobs_of(word):
             name = f"{file}: {what}"
             if word not in name:
                 continue
-            if unknown := [test for test in tests.split() if test.split("[")[0] not in files]:
-                raise SystemExit(f"{name}: there is no test {unknown[0]}")
+            nodes = []
+            for test in tests.split():
+                found = files.get(test.split("[")[0], [])
+                if len(found) != 1:
+                    raise SystemExit(f"{name}: {test} is defined in {len(found)} files; expected one.")
+                nodes.append(f"tests/{found[0]}::{test}")
             if source.count(old) != 1:
                 raise SystemExit(f"{name}: {old!r} occurs {source.count(old)} times")
-            mutations.append(Job(name, [f"tests/{files[t.split('[')[0]]}::{t}" for t in tests.split()], file, old, new))
+            mutations.append(Job(name, nodes, file, old, new))
     needed = {}
     for test in sorted({test for job in mutations for test in job.tests}):
         needed.setdefault(test.split("::")[0], []).append(test)
@@ -385,7 +388,8 @@ def start(job, folder):
         import pytest
 
         signal.alarm(LIMIT)
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "--basetemp", str(folder / "tmp"), *job.tests])
+        options = ["-x", "-q", "--tb=native", "-p", "no:cacheprovider", "-o", "addopts=", "--basetemp", str(folder / "tmp")]
+        code = pytest.main([*options, *job.tests])
     finally:
         os._exit(int(code))
 
