@@ -16,11 +16,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import here, rows, weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linprog
+from tokenizers import Tokenizer as Rules
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerFast
 
 import backbones
 import cli
@@ -29,6 +35,7 @@ import data
 import orca
 import pare
 import run
+from tasks import scores
 
 SIDE, N, D = 16, 16, 8  # images, their tokens, token width
 STEPS = 3  # micro-batches of 8 samples in an epoch: with --accumulate 2 the last window is short
@@ -475,10 +482,10 @@ def test_evaluation_is_repeatable_and_training_is_not(naive_run):
     seen = naive_run
     net, split = copy.deepcopy(seen.net), seen.evaluations[2].split
     task = SimpleNamespace(score=lambda out, y: float(np.abs(out - y[:, None]).sum()))
-    scores = [seen.run.evaluate(net.train(), split, task) for _ in range(2)]
-    assert scores[0] == scores[1] and not net.training
+    values = [seen.run.evaluate(net.train(), split, task) for _ in range(2)]
+    assert values[0] == values[1] and not net.training
     x = images(split, "cifar100", torch.arange(40))
-    assert scores[0] == pytest.approx((net(x) - split.y[:, None]).abs().sum().item(), rel=1e-5)
+    assert values[0] == pytest.approx((net(x) - split.y[:, None]).abs().sum().item(), rel=1e-5)
     assert not torch.allclose(net.train()(x), net(x))  # dropout and drop path: the runs above tell the modes apart
 
 
@@ -568,7 +575,7 @@ def test_orca_draws_classes_and_samples_as_told(orca_run, orca_released_run):
         for problems in epochs:
             classes = [seen.train.y[index].unique().tolist() for index in problems]
             assert sorted(c for group in classes for c in group) == seen.train.y.unique().tolist()  # each class once
-            assert all(len(group) == most for group in classes[:-1])
+            assert len(classes) == -(-len(sizes) // most) and all(len(group) == most for group in classes[:-1])
             drawn = torch.cat(problems)
             assert len(drawn.unique()) == len(drawn) == sum(min(2, size) for size in sizes)
         assert set(torch.cat(epochs[0]).tolist()) != set(torch.cat(epochs[1]).tolist())  # drawn anew
@@ -725,10 +732,39 @@ def test_streams_differ_by_name_and_by_every_number():
 
 
 @pytest.mark.parametrize(
-    "options, words", [("--epochs 0", "positive"), ("--lr -1", "positive"), ("--k-begin 1.5", "between 0 and 1")]
+    "options, words",
+    [("--epochs 0", "positive"), ("--lr -1", "positive"), ("--lr inf", "finite"), ("--k-begin 1.5", "between 0 and 1")],
 )
 def test_options_out_of_bounds_are_refused(monkeypatch, capsys, options, words):
     monkeypatch.setattr("sys.argv", ["pare.py", *options.split()])
     with pytest.raises(SystemExit) as stop:
         cli.command_line(pare.Args, "")
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_classes_are_counted_from_0():
+    assert data.count_classes("class", np.array([0, 3, 1])) == 4
+    assert data.count_classes("labels", np.zeros((2, 5))) == 5 and data.count_classes("field", np.zeros((2, 5))) is None
+
+
+def test_the_first_chunk_does_not_stand_for_its_clip():
+    out = np.array([[1.0], [-4.0], [0.0]])  # logits of one label in two chunks of clip 0, in one of clip 1
+    y = np.array([[0.0, 0], [0, 0], [1, 1]])  # label, clip
+    assert scores.clip_map_error(out, y) == 0  # means -1.5 and 0: the clip with the label comes first
+
+
+def test_words_get_no_start_and_end_tokens():
+    rules = Rules(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "word": 3}, unk_token="<unk>"))
+    rules.pre_tokenizer = Whitespace()
+    rules.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    vocabulary = PreTrainedTokenizerFast(tokenizer_object=rules)
+    assert vocabulary("word")["input_ids"] == [0, 3, 1]
+    assert backbones.Tokenizer(lambda: vocabulary)(["word", "other"]) == [3, 2]
+
+
+def test_a_backbone_file_with_a_weight_missing_is_refused(backbone, tmp_path):
+    with safe_open(backbone, "pt") as file:
+        metadata = file.metadata()
+    save_file({k: v for k, v in load_file(backbone).items() if k != "norm.weight"}, tmp_path / "part.safetensors", metadata)
+    with pytest.raises(cli.UserError, match="norm.weight"):
+        common.load_source(str(tmp_path / "part.safetensors"))

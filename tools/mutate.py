@@ -8,6 +8,7 @@ is looked up. A process imports the libraries once and forks a child for every m
 mutation costs little more than its tests. The tests must also pass on the code as it is.
 """
 
+import gc
 import os
 import re
 import shutil
@@ -90,7 +91,8 @@ MUTATIONS = {
         ("max_samples ignored", "args.max_samples, len(y_t)", "10**6, len(y_t)", ORCA_DRAWS),
         ("target labels ignored", "distance(u_t, y_t[index],", "distance(u_t, 0 * y_t[index],", ORCA),
         ("W^2 as released", 'inner = "none" if released', 'inner = "exact" if released', ORCA_RELEASED),
-        ("all classes in one problem as released", "if otdd and not released else 1", "if otdd else 1", ORCA_DRAWS),
+        ("all classes in one problem as released", "if otdd and not released else 1", "if otdd else 1",
+         ORCA_DRAWS),
         ("the same samples in every embedder epoch", 'stream("alignment", args.seed, epoch)',
          'stream("alignment", args.seed, 0)',
          ORCA_DRAWS),
@@ -174,11 +176,11 @@ MUTATIONS = {
          "trunc_normal_(embedder.project.weight, std=0.03)", "test_naive_as_released_starts_truncated"),
         ("twice the ground cost", "    cost = d / 2\n    if inner", "    cost = d\n    if inner", ORCA_RELEASED),
         ("twice the label distance", "cost = cost + w[s.index][:, t.index] / 2", "cost = cost + w[s.index][:, t.index]", ORCA),
-        ("not debiased", "- (s.self_cost + t.self_cost) / 2", "", "test_two_point_masses"
-         " test_a_distance_is_zero_to_itself_symmetric_and_blind_to_names_and_order"),
+        ("not debiased", "- (s.self_cost + t.self_cost) / 2", "", 
+         "test_a_distance_is_zero_to_itself_symmetric_and_blind_to_names_and_order[none-0.5]"),
         ("mass of the target ignored", "inner, reg, mass_t, info)", "inner, reg, None, info)", ORCA),
         ("gradient of Sinkhorn without the plan", "return (slope + (value - slope).detach()).view(shape)",
-         "return (2 * slope + (value - 2 * slope).detach()).view(shape)", "test_gradients_are_finite_differences"),
+         "return (2 * slope + (value - 2 * slope).detach()).view(shape)", "test_gradients_are_finite_differences[none-0.5]"),
         ("mmd without its cross term", "- 2 * K[:n, n:].mean()", "- K[:n, n:].mean()", "test_mmd_is_its_formula"),
         ("tokens one too few", "length // k <= max_tokens", "length // k < max_tokens",
          "test_stack_number_of_the_papers_tasks"),
@@ -223,7 +225,7 @@ MUTATIONS = {
          "test_processes_share_the_batches_of_one"),
         ("warm-up not squeezed", "warmup_epochs=recipe.warmup_epochs * squeeze", "warmup_epochs=recipe.warmup_epochs",
          "test_a_shorter_run_has_the_same_learning_rate_curve_squeezed"),
-        ("classes from 1", "return int(y.max()) + 1", "return int(y.max()) + 2", NAIVE),
+        ("classes from 1", "return int(y.max()) + 1", "return int(y.max()) + 2", "test_classes_are_counted_from_0"),
         ("rate of stage 1 as accumulated", "args.lr / (args.accumulate if", "args.lr / (1 if",
          "test_a_first_stage_has_the_published_rate_of_one_batch"),
     ],
@@ -233,7 +235,7 @@ MUTATIONS = {
         ("F1 by samples", 'average="macro"', 'average="micro"', "test_macro_f1_counts_the_classes_that_occur"),
         ("one class against all others", 'multi_class="ovo"', 'multi_class="ovr"', "test_auroc_is_the_share_of_pairs_in_order"),
         ("chunks of a clip not averaged", "out, y = total / np.bincount(clip)[:, None], y[first, :K]",
-         "out, y = out[first], y[first, :K]", "test_map_averages_the_chunks_of_a_clip_first"),
+         "out, y = out[first], y[first, :K]", "test_the_first_chunk_does_not_stand_for_its_clip"),
         ("only hits are counted", "float(true_positive + true_negative) / 2", "float(true_positive)",
          "test_balanced_error_leaves_out_what_does_not_count"),
         ("near residues count", "k=24", "k=23", "test_protein_error_by_hand"),
@@ -297,7 +299,8 @@ MUTATIONS = {
          "zlib.crc32(name.encode()), *numbers]", "test_streams_differ_by_name_and_by_every_number"),
         ("streams without a name", "entropy = [zlib.crc32(name.encode()),", "entropy = [7,",
          "test_streams_differ_by_name_and_by_every_number"),
-        ("0 is positive", "and not value > 0:", "and not value >= 0:", "test_options_out_of_bounds_are_refused"),
+        ("0 is positive", 'not 0 < value < float("inf"):', 'not 0 <= value < float("inf"):',
+         "test_options_out_of_bounds_are_refused"),
         ("no upper bound", "if not 0 <= (getattr(args, name, None) or 0) <= most:",
          "if not 0 <= (getattr(args, name, None) or 0):",
          "test_options_out_of_bounds_are_refused"),
@@ -307,11 +310,14 @@ MUTATIONS = {
         ("encoder without its last LayerNorm", "return self.norm(self.layers(x)).flatten(1, 2)",
          "return self.layers(x).flatten(1, 2)",
          NAIVE),
-        ("weights of the file not loaded", "        swin.load_state_dict(weights)\n", "        pass\n", PARE_START),
+        ("weights of the file not loaded", "        swin.load_state_dict(weights, strict=False)\n", "        pass\n",
+         PARE_START),
         ("positions of RoBERTa from its first row", "return 0 if padding is None else padding + 1", "return 0",
          "test_what_is_copied_in_1d"),
         ("special tokens in a text", "add_special_tokens=False", "add_special_tokens=True",
-         "test_embedder_and_encoder_are_the_model test_words_become_ids_without_special_tokens"),
+         "test_words_get_no_start_and_end_tokens"),
+        ("no failure for a file of other weights", "        compare_weights(path, swin, weights)\n", "",
+         "test_a_backbone_file_with_a_weight_missing_is_refused"),
     ],
 }  # fmt: skip
 
@@ -353,6 +359,7 @@ def import_libraries():
 
     matplotlib.use("Agg")
     torch.set_num_threads(1)
+    gc.freeze()  # a child's garbage collection need not look at all this
 
 
 def jobs_of(word):
@@ -403,7 +410,8 @@ def start(job, folder):
         import pytest
 
         signal.alarm(LIMIT)
-        options = ["-x", "-q", "--tb=native", "-p", "no:cacheprovider", "-o", "addopts=", "--basetemp", str(folder / "tmp")]
+        options = ["-x", "-q", "--tb=native", "-o", "addopts=", "--basetemp", str(folder / "tmp")]
+        options += ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # the latter collects garbage for half a second
         code = pytest.main([*options, *job.tests])
     finally:
         os._exit(int(code))
