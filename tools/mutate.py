@@ -1,0 +1,457 @@
+"""Are the tests able to fail? Break the code in one place at a time, and run the tests that should notice.
+
+    python tools/mutate.py              every mutation: a line for each, exit code 1 if one survives
+    python tools/mutate.py --only mona  those whose file or description contains a word
+
+Each mutation replaces one text, which must occur exactly once in its file, and names its tests by function; the file of a test
+is looked up. A process imports the libraries once and forks a child for every mutation, in a copy of the project, so that a
+mutation costs little more than its tests. The tests must also pass on the code as it is.
+"""
+
+import gc
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 300  # seconds for the tests of one mutation
+
+PARE, RELEASED = "test_pare_takes_the_steps_of_the_paper", "test_pare_as_released_draws_noise_and_enters_its_second_phase"
+PARE_START = "test_pare_starts_as_told"
+ORCA, ORCA_RELEASED = (f"test_orca_aligns_the_embedder_then_refines_from_it[{released}]" for released in (False, True))
+ORCA_DRAWS = "test_orca_draws_classes_and_samples_as_told"
+MONA, DIFFERENCE = (
+    "test_mona_looks_one_step_ahead_then_refines_from_there", "test_the_finite_difference_agrees_with_the_exact_gradient",
+)  # fmt: skip
+NAIVE, PARTS = "test_naive_fine_tuning_takes_plain_steps", "test_baselines_train_the_parts_they_say"
+SCRATCH, BEST = (
+    "test_scratch_keeps_nothing_of_the_pretrained_weights",
+    "test_the_test_error_is_that_of_the_epoch_that_was_best_on_validation",
+)
+EVALUATION = "test_evaluation_is_repeatable_and_training_is_not"
+RESUME = "test_a_stopped_run_resumes_with_the_weights_of_an_uninterrupted_one"
+
+CLIP = "nn.utils.clip_grad_norm_(net.parameters(), args.clip)"
+INIT = ("--init is ignored", "source, args.init, task.tokens)", 'source, "copy", task.tokens)')
+DROPOUT = ("--dropout is ignored", "common.set_dropout(source.encoder, args.dropout)", "source.encoder")
+TRAIN = ("no net.train()", "        net.train()\n", "        net.eval()\n")
+COPIED = "__import__('copy').deepcopy"
+
+# file: (what is broken, text, text instead, tests that notice)
+MUTATIONS = {
+    "pare.py": [
+        ("lambda squared", "(1 - lam) * task.loss(out_m, y) + lam *", "(1 - lam**2) * task.loss(out_m, y) + lam**2 *", PARE),
+        ("target term of L_mix with weight 1", "(1 - lam) * task.loss(out_m", "1 * task.loss(out_m", PARE),
+        ("lambda and 1 - lambda swapped", "(1 - lam) * task.loss(out_m, y) + lam *", "lam * task.loss(out_m, y) + (1 - lam) *",
+         PARE),
+        ("no L_mix", "loss = loss + args.mix_weight * loss_mix", "loss = loss + 0 * loss_mix", PARE),
+        ("mix_weight ignored", "args.mix_weight * loss_mix", "loss_mix", PARE),
+        ("h_t on X_t instead of X_m", "self.model.predictor(features_m)", "self.model.predictor(features)", PARE),
+        ("h_s on X_t instead of X_m", "self.predictor_s(features_m)", "self.predictor_s(features)", PARE),
+        ("source labels of other samples", "x_s, y_s = next(batches_s)", "x_s, y_s = (p.roll(i, 0) for i, p in enumerate("
+         "next(batches_s)))", PARE),
+        ("second phase never begins", "net(x, tokens_s, k, epoch >= phase2)", "net(x, tokens_s, k, False)", RELEASED),
+        ("second phase replaces the lowest", "[:, scores_t.shape[1] - k :, None]", "[:, :k, None]", RELEASED),
+        ("gate noise never drawn", "if self.noise > 0:", "if False:", RELEASED),
+        ("gate noise not passed on", "args.temperature, args.gate_noise)", "args.temperature)", RELEASED),
+        ("Gumbel with the wrong sign", "s + self.noise * gumbel(s)", "s - self.noise * gumbel(s)", RELEASED),
+        ("k/N never used", '(k0 if args.ratio == "k/k0" else N)', "k0", RELEASED),
+        ("--k-end ignored", "k = schedule(epoch, args.epochs, k0, k_end)", "k = schedule(epoch, args.epochs, k0)", RELEASED),
+        ("gate without sigmoid", ".squeeze(-1).sigmoid()", ".squeeze(-1)", PARE),
+        ("gate without gradient", "return hard + (p - p.detach())", "return hard", PARE),
+        ("highest target tokens replaced", "top_k_mask(scores_t, N - k", "top_k_mask(-scores_t, N - k", PARE),
+        ("lowest source tokens inserted", "top_k_mask(scores_s, k", "top_k_mask(-scores_s, k", PARE),
+        ("temperature ignored", "s = scores / temperature", "s = scores / 1", PARE),
+        ("--temperature not passed on", "predictor_s, args.temperature, args.gate_noise)", "predictor_s, 0.9, args.gate_noise)",
+         PARE),
+        ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = model.embedder(x_s)", PARE),
+        ("source embedder trains along", "optimizer = make_optimizer(net, args)",
+         "optimizer = make_optimizer(nn.ModuleList([net, source.embedder.requires_grad_()]), args)", PARE),
+        ("no clipping", CLIP, "pass", PARE),
+        ("schedule never advances", "scheduler.step()", "pass", PARE),
+        ("short window divided by --accumulate", "min(args.accumulate, steps - step // args.accumulate * args.accumulate)",
+         "args.accumulate", PARE),
+        ("gradients summed over the window", "(loss / window).backward()", "loss.backward()", PARE),
+        ("every epoch the same seed", 'seed_everything("epoch", args.seed, epoch,', 'seed_everything("epoch", args.seed, 0,',
+         PARE),
+        (*TRAIN, PARE),
+        (*INIT, PARE_START),
+        (*DROPOUT, PARE_START),
+    ],
+    "orca.py": [
+        ("class weight n_c / n lost in joint problems", "len(index) / len(c) / n)", "1 / n)", ORCA),
+        ("problems not weighed", "loss = mass.sum() * distance(", "loss = distance(", ORCA_RELEASED),
+        ("max_samples ignored", "args.max_samples, len(y_t)", "10**6, len(y_t)", ORCA_DRAWS),
+        ("target labels ignored", "distance(u_t, y_t[index],", "distance(u_t, 0 * y_t[index],", ORCA),
+        ("W^2 as released", 'inner = "none" if released', 'inner = "exact" if released', ORCA_RELEASED),
+        ("all classes in one problem as released", "if otdd and not released else 1", "if otdd else 1",
+         ORCA_DRAWS),
+        ("the same samples in every embedder epoch", 'stream("alignment", args.seed, epoch)',
+         'stream("alignment", args.seed, 0)',
+         ORCA_DRAWS),
+        ("rate of stage 1 never falls", "scheduler.step()\n        optimizer.zero_grad()\n        rows",
+         "optimizer.zero_grad()\n"
+         "        rows", "test_the_rate_of_orcas_first_stage_falls_to_a_fifth_after_21_41_and_61_epochs"),
+        ("milestones 20, 40, 60", "[21, 41, 61]", "[20, 40, 60]",
+         "test_the_rate_of_orcas_first_stage_falls_to_a_fifth_after_21_41_and_61_epochs"),
+        ("rate of stage 1 not ten times a small one", "lr if lr > 1e-3 else 10 * lr", "lr",
+         "test_the_rate_of_orcas_first_stage_is_ten_times_a_small_one"),
+        ("mmd to the whole source", "u_s[torch.randint(len(u_s), (len(u_t),), generator=generator)]", "u_s",
+         "test_mmd_is_to_as_many_source_samples_of_all_of_them"),
+        ("source by the target embedder", "u_s = embed_all(source.embedder,", "u_s = embed_all(embedder,", ORCA),
+        ("stage 2 from the untouched embedder", "rows = align(embedder,", f"rows = align({COPIED}(embedder),", ORCA),
+        ("no clipping", CLIP, "pass", ORCA),
+        (*TRAIN, ORCA),
+        (*INIT, ORCA),
+        (*DROPOUT, ORCA),
+    ],
+    "mona.py": [
+        ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = model.embedder(x_s)", MONA),
+        ("--meta-lr ignored", "lr=args.meta_lr or lr", "lr=lr", MONA),
+        ("stage 1 in training mode", "    model.eval()\n", "    model.train()\n", MONA),
+        ("stage 2 from the untouched embedder", "rows = meta_train(model,", f"rows = meta_train({COPIED}(model),", MONA),
+        ("lambda ignored", "lambda_ * (align + uniform)", "(align + uniform)", MONA),
+        ("virtual step uphill", "p - alpha * g for", "p + alpha * g for", MONA),
+        ("finite difference with the wrong sign", "-lambda_ * alpha * (sides", "lambda_ * alpha * (sides", DIFFERENCE),
+        ("features not normalised", "gather(F.normalize(features, dim=1))", "gather(features)", MONA),
+        ("pairs of different classes", "(y[:, None] == y[None])", "(y[:, None] != y[None])", MONA),
+        ("another temperature of uniformity", "torch.exp(-2 * d)", "torch.exp(-d)", MONA),
+        ("pairs of a sample with itself", "return torch.log(torch.exp(-2 * d)[off_diagonal].mean())",
+         "return torch.log(torch.exp(-2 * d).mean())", MONA),
+        ("predictor of stage 1 never trains", 'gradient if args.predictor == "trained" else None', "None", MONA),
+        ("no clipping in stage 1", "nn.utils.clip_grad_norm_(trained.parameters(), args.clip)", "pass", MONA),
+        ("few source samples in a batch", "args.batch_size * -(-32 // args.batch_size)", "args.batch_size", MONA),
+        ("stage 2 repeats the batches of stage 1", "epoch, *processes(), stage=1)\n        batches_s", "epoch, *processes())\n"
+         "        batches_s", MONA),
+        ("schedule never advances", "scheduler.step()", "pass", MONA),
+        (*TRAIN, MONA),
+        (*INIT, MONA),
+        (*DROPOUT, MONA),
+    ],
+    "finetune.py": [
+        ("scratch keeps the pretrained weights", 'pretrained=args.mode != "scratch"', "pretrained=True", SCRATCH),
+        ("scratch copies the embedder", '"random" if args.mode == "scratch" else args.init', "args.init", SCRATCH),
+        ("warm-up trains the predictor", 'return name.startswith("embedder.")', 'return not name.startswith("encoder.")',
+         PARTS),
+        ("warm-up a whole epoch too long", "epoch < warming_epochs)", "epoch <= warming_epochs)", PARTS),
+        ("frozen trains attention", '(".attn.qkv.", ".attn.proj.", ".mlp.")', '(".attn.proj.", ".mlp.")', PARTS),
+        ("probe trains the encoder", 'return mode != "probe" or name.startswith("predictor.")',
+         'return mode != "probe" or not name.startswith("embedder.")', PARTS),
+        ("as released not truncated", '"truncated" if args.as_released else', "", "test_naive_as_released_starts_truncated"),
+        ("--init ignored", "else args.init  # finetune", 'else "copy"  # finetune', PARTS),
+        (*DROPOUT, NAIVE),
+        ("no clipping", CLIP, "pass", NAIVE),
+        ("schedule never advances", "scheduler.step()", "pass", NAIVE),
+        ("short window divided by --accumulate", "min(args.accumulate, steps - step // args.accumulate * args.accumulate)",
+         "args.accumulate", NAIVE),
+        ("schedule counts micro-batches", "-(-steps // args.accumulate))", "steps)", NAIVE),
+        ("every epoch the same batches", "args.batch_size, args.seed, epoch, run.rank",
+         "args.batch_size, args.seed, 0, run.rank",
+         NAIVE),
+        (*TRAIN, NAIVE),
+    ],
+    "common.py": [
+        ("class predictor takes the maximum", ".mean(1))  # (B, n, F) -> (B, F)", ".amax(1))  # (B, n, F) -> (B, F)",
+         NAIVE),
+        ("class predictor takes the first token", ".mean(1))  # (B, n, F) -> (B, F)",
+         "[:, 0])  # (B, n, F) -> (B, F)",
+         NAIVE),
+        ("logits in bf16", "with autocast_off(features):  # bf16 logits", "if True:  # bf16 logits",
+         "test_the_class_predictor_answers_in_fp32_under_autocast"),
+        ("tokens not normalised", "return self.norm(tokens.flatten(2).transpose(1, 2))",
+         "return tokens.flatten(2).transpose(1, 2)",
+         NAIVE),
+        ("dropout unchanged", "            module.p = p\n", "            module.p = module.p\n", PARE_START),
+        ("copied slices turned", "weight.repeat(1, -(-channels // 3), 1, 1)",
+         "weight.flip(1).repeat(1, -(-channels // 3), 1, 1)",
+         "test_copy_tiles_the_three_input_slices"),
+        ("wider truncated normal", "trunc_normal_(embedder.project.weight, std=0.02)",
+         "trunc_normal_(embedder.project.weight, std=0.03)", "test_naive_as_released_starts_truncated"),
+        ("twice the ground cost", "    cost = d / 2\n    if inner", "    cost = d\n    if inner", ORCA_RELEASED),
+        ("twice the label distance", "cost = cost + w[s.index][:, t.index] / 2", "cost = cost + w[s.index][:, t.index]", ORCA),
+        ("not debiased", "- (s.self_cost + t.self_cost) / 2", "", 
+         "test_a_distance_is_zero_to_itself_symmetric_and_blind_to_names_and_order[none-0.5]"),
+        ("mass of the target ignored", "inner, reg, mass_t, info)", "inner, reg, None, info)", ORCA),
+        ("gradient of Sinkhorn without the plan", "return (slope + (value - slope).detach()).view(shape)",
+         "return (2 * slope + (value - 2 * slope).detach()).view(shape)", "test_gradients_are_finite_differences[none-0.5]"),
+        ("mmd without its cross term", "- 2 * K[:n, n:].mean()", "- K[:n, n:].mean()", "test_mmd_is_its_formula"),
+        ("tokens one too few", "length // k <= max_tokens", "length // k < max_tokens",
+         "test_stack_number_of_the_papers_tasks"),
+        ("fields transposed in 1D", "return x.transpose(1, 2).flatten(2)  # (B, c, N k)",
+         "return x.flatten(2).unflatten(2, (self.channels, -1)).flatten(2).transpose(1, 2).reshape(len(x), self.channels, -1)",
+         "test_1d_fields_are_the_values_of_each_tokens_time_steps"),
+    ],
+    "run.py": [
+        ("evaluation in training mode", "        model.eval()\n", "        model.train()\n", EVALUATION),
+        ("best checkpoint never loaded", "if self.best_epoch < len(self.history):", "if False:", BEST),
+        ("test of the last epoch", '"test": test, "test_last": test_last', '"test": test_last, "test_last": test_last', BEST),
+        ("worst epoch is the best", 'row["val"] < self.best', 'row["val"] > -self.best', BEST),
+        ("test set is the validation set", "test = test_last = self.evaluate(model, loaded.test, task)",
+         "test = test_last = self.evaluate(model, loaded.val, task)", BEST),
+        ("rate above its peak", "min(1.0, (t + 1)", "min((t + 1)", NAIVE),
+        ("warm-up begins at 0", "(t + 1) / max(W, 1)", "t / max(W, 1)", NAIVE),
+        ("decay from the beginning", "(T - t) / max(T - W, 1)", "(T - t) / T", NAIVE),
+        ("momentum ignored", "momentum=args.momentum, ", "momentum=0.9, ", NAIVE),
+        ("weight decay ignored", "momentum=args.momentum, weight_decay=args.weight_decay", "momentum=args.momentum", NAIVE),
+        ("mean loss wrong", "return losses.mean().item() / self.world", "return losses[-1].item() / self.world", NAIVE),
+        ("one seed for everything", "torch.manual_seed(stream(name, *numbers))", "torch.manual_seed(0)", NAIVE),
+        ("ORCA takes the first token", "embedder(split.inputs(index)).mean(1)", "embedder(split.inputs(index))[:, 0]", ORCA),
+        ("momentum lost on resuming", 'optimizer.load_state_dict(state["optimizer"])', "pass", RESUME),
+        ("schedule restarts on resuming", 'schedule.load_state_dict(state["schedule"])', "pass", RESUME),
+        ("weights lost on resuming", 'getattr(net, "module", net).load_state_dict(state["net"])', "pass", RESUME),
+        ("best epoch lost on resuming", 'k in ("history", "best", "best_epoch", "seconds")',
+         'k in ("history", "val", "best_epoch", "seconds")', RESUME),
+        ("half a file may stay", "part.replace(path)", "path.write_bytes(content)", "test_a_file_is_whole_or_not_there"),
+    ],
+    "data.py": [
+        ("no augmentation in training", "yield self._prepare(x, u[step].to(self.device)), y", "yield self._prepare(x, None), y",
+         NAIVE),
+        ("targets of other samples", "self.targets(order[step])", "self.targets(order[step - 1])", NAIVE),
+        ("not divided by the standard deviation", "(x - self.mean) / self.std", "(x - self.mean)", NAIVE),
+        ("images not scaled to [0, 1]", "x.float() / 255 if", "x.float() / 256 if", NAIVE),
+        ("validation samples train", "order[n_val : n_val + n_train]", "order[:n_train]",
+         "test_training_validation_and_test_are_disjoint"),
+        ("every epoch the same order", '{self.name}", seed, epoch', '{self.name}", seed, 0', NAIVE),
+        ("source and target shuffled alike", 'stream(f"batches of {self.name}"', 'stream("batches"',
+         "test_source_and_target_are_shuffled_apart"),
+        ("processes see the same samples", "(part[:, rank::world].to(here)", "(part[:, : part.shape[1] // world].to(here)",
+         "test_processes_share_the_batches_of_one"),
+        ("warm-up not squeezed", "warmup_epochs=recipe.warmup_epochs * squeeze", "warmup_epochs=recipe.warmup_epochs",
+         "test_a_shorter_run_has_the_same_learning_rate_curve_squeezed"),
+        ("classes from 1", "return int(y.max()) + 1", "return int(y.max()) + 2", "test_classes_are_counted_from_0"),
+        ("rate of stage 1 as accumulated", "args.lr / (args.accumulate if", "args.lr / (1 if",
+         "test_a_first_stage_has_the_published_rate_of_one_batch"),
+    ],
+    "tasks/scores.py": [
+        ("right answers counted as wrong", "float(zero_one_loss(y, out.argmax(1)))", "float(zero_one_loss(y, out.argmin(1)))",
+         "test_error_is_the_share_of_wrong_answers"),
+        ("F1 by samples", 'average="macro"', 'average="micro"', "test_macro_f1_counts_the_classes_that_occur"),
+        ("one class against all others", 'multi_class="ovo"', 'multi_class="ovr"', "test_auroc_is_the_share_of_pairs_in_order"),
+        ("chunks of a clip not averaged", "out, y = total / np.bincount(clip)[:, None], y[first, :K]",
+         "out, y = out[first], y[first, :K]", "test_the_first_chunk_does_not_stand_for_its_clip"),
+        ("only hits are counted", "float(true_positive + true_negative) / 2", "float(true_positive)",
+         "test_balanced_error_leaves_out_what_does_not_count"),
+        ("near residues count", "k=24", "k=23", "test_protein_error_by_hand"),
+        ("mean of squares without root", "flatten(1).square().mean(1).sqrt().mean()", "flatten(1).square().mean(1).mean()",
+         "test_field_losses_by_hand"),
+        ("norm of the prediction", "for v in (out.float() - y, y))", "for v in (out.float() - y, out.float()))",
+         "test_field_losses_by_hand"),
+        ("positive labels not weighed", "pos_weight=weight)", "pos_weight=None)", "test_binary_losses_by_hand"),
+        ("class weights ignored", "(constant(weights, out.device)[y] * each).mean()", "each.mean()",
+         "test_rare_classes_weigh_more"),
+    ],
+    "tasks/images.py": [
+        ("no horizontal flip", "torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))", "columns", NAIVE),
+        ("crop shifted in one direction only", "shift[:, 1:2] + torch.arange(W", "shift[:, :1] + torch.arange(W", NAIVE),
+        ("evaluation is flipped", "    if u is None:\n        return x\n\n    B, C, H, W",
+         "    if u is None:\n        return x.flip(3)\n"
+         "\n    B, C, H, W", EVALUATION),
+        ("image on the sphere transposed", "where = q.flip(-1) / 1.5", "where = q / 1.5",
+         "test_projection_equals_ray_casting_point_by_point"),
+        ("light from the pole itself", "2.001 / (2.001 - 1", "2.0 / (2.0 - 1",
+         "test_projection_equals_ray_casting_point_by_point"),
+        ("rotations prefer a direction", "2 * np.pi * r1, 2 * np.pi * r2, 2 * r3", "2 * np.pi * r1, 2 * np.pi * r2, r3",
+         "test_rotations_are_rotations_without_a_preferred_direction"),
+    ],
+    "tasks/published.py": [
+        ("rate not raised for the average", "lr = accumulate * lr if", "lr = lr if",
+         "test_averaged_gradients_with_our_settings_take_the_official_step"),
+        ("decay not lowered for the average", "else weight_decay / accumulate", "else weight_decay",
+         "test_averaged_gradients_with_our_settings_take_the_official_step"),
+        ("a source of the other modality", 'TEXT = dict(source="conll2003")', 'TEXT = dict(source="cifar10")',
+         "test_recipes_name_a_source_of_their_modality"),
+    ],
+    "tasks/tables.py": [
+        ("scaled by the test rows, too", "numbers[train].mean(0)", "numbers.mean(0)",
+         "test_a_table_with_categories_becomes_columns_in_sequence"
+         " test_numbers_alone_are_one_position_and_columns_with_gaps_are_left_out"),
+        ("frequent classes weigh more", "len(train) / (K * np.bincount(y[train], minlength=K))",
+         "K * np.bincount(y[train], minlength=K) / len(train)", "test_rare_classes_weigh_more"),
+    ],
+    "tasks/fields.py": [
+        ("darcy scaled by the test set", "mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5",
+         "mean, std = a_test.mean(0), a_test.std(0, ddof=1) + 1e-5",
+         "test_darcy_is_every_fifth_point_normalised_by_training_pixels"),
+        ("x and y of darcy swapped", "for grid in (x, y))", "for grid in (y, x))",
+         "test_darcy_is_every_fifth_point_normalised_by_training_pixels"),
+        ("bright pixels that do not count", "counts = tile[2] == 0", "counts = tile[2] >= 0",
+         "test_cosmic_takes_galaxy_fields_their_middle_and_the_sky"),
+    ],
+    "tasks/signals.py": [
+        ("windows of rare rhythms as far apart as others", '"A": 500 // 6', '"A": 500 // 2',
+         "test_ecg_windows_follow_the_stride_of_their_class"),
+        ("labels of satellite shifted", "np.asarray(y) - 1, len(x), 24", "(np.asarray(y) - 2) % 24, len(x), 24",
+         "test_satellite_labels_begin_at_1"),
+    ],
+    "tasks/text.py": [
+        ("pieces end elsewhere", "lines[i : i + WORDS]]", "lines[i + 1 : i + 1 + WORDS]]",
+         "test_conll2003_is_cut_into_32_words_with_the_type_that_most_have"),
+    ],
+    "cli.py": [
+        ("numbers padded with zeros are one stream", "zlib.crc32(name.encode()), len(numbers), *numbers]",
+         "zlib.crc32(name.encode()), *numbers]", "test_streams_differ_by_name_and_by_every_number"),
+        ("streams without a name", "entropy = [zlib.crc32(name.encode()),", "entropy = [7,",
+         "test_streams_differ_by_name_and_by_every_number"),
+        ("0 is positive", 'not 0 < value < float("inf"):', 'not 0 <= value < float("inf"):',
+         "test_options_out_of_bounds_are_refused"),
+        ("no upper bound", "if not 0 <= (getattr(args, name, None) or 0) <= most:",
+         "if not 0 <= (getattr(args, name, None) or 0):",
+         "test_options_out_of_bounds_are_refused"),
+        ("a mistake exits with 1", "raise SystemExit(2)", "raise SystemExit(1)", "test_a_forbidden_folder_costs_two_lines"),
+    ],
+    "backbones.py": [
+        ("encoder without its last LayerNorm", "return self.norm(self.layers(x)).flatten(1, 2)",
+         "return self.layers(x).flatten(1, 2)",
+         NAIVE),
+        ("weights of the file not loaded", "        swin.load_state_dict(weights, strict=False)\n", "        pass\n",
+         PARE_START),
+        ("positions of RoBERTa from its first row", "return 0 if padding is None else padding + 1", "return 0",
+         "test_what_is_copied_in_1d"),
+        ("special tokens in a text", "add_special_tokens=False", "add_special_tokens=True",
+         "test_words_get_no_start_and_end_tokens"),
+        ("no failure for a file of other weights", "        compare_weights(path, swin, weights)\n", "",
+         "test_a_backbone_file_with_a_weight_missing_is_refused"),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    only: str = ""
+    """mutations whose file or description contains this"""
+    jobs: int = 2
+    """processes at a time"""
+
+
+@dataclass
+class Job:
+    name: str
+    tests: list[str]  # file::function, maybe [parameters]
+    file: str | None = None  # None: the code as it is
+    old: str = ""
+    new: str = ""
+
+
+def import_libraries():
+    """What the tests import, but nothing of the project: a child imports that, as changed, from its copy."""
+    import h5py  # noqa: F401
+    import matplotlib
+    import numpy  # noqa: F401
+    import ot  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.optimize
+    import scipy.stats  # noqa: F401
+    import sklearn.cluster
+    import sklearn.datasets
+    import sklearn.metrics
+    import sklearn.model_selection  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+    from transformers import AutoModel, RobertaForMaskedLM, RobertaModel  # noqa: F401
+
+    matplotlib.use("Agg")
+    torch.set_num_threads(1)
+    gc.freeze()  # a child's garbage collection need not look at all this
+
+
+def jobs_of(word):
+    """The jobs: first the tests on the code as it is, file by file, then a job for each mutation."""
+    files = {}  # test function -> the files that define it
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for function in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE):
+            files.setdefault(function, []).append(path.name)
+    mutations = []
+    for file, rows in MUTATIONS.items():
+        source = (ROOT / file).read_text()
+        for what, old, new, tests in rows:
+            name = f"{file}: {what}"
+            if word not in name:
+                continue
+            nodes = []
+            for test in tests.split():
+                found = files.get(test.split("[")[0], [])
+                if len(found) != 1:
+                    raise SystemExit(f"{name}: {test} is defined in {len(found)} files; expected one.")
+                nodes.append(f"tests/{found[0]}::{test}")
+            if source.count(old) != 1:
+                raise SystemExit(f"{name}: {old!r} occurs {source.count(old)} times")
+            mutations.append(Job(name, nodes, file, old, new))
+    needed = {}
+    for test in sorted({test for job in mutations for test in job.tests}):
+        needed.setdefault(test.split("::")[0], []).append(test)
+    return [Job(f"unchanged: {file}", tests) for file, tests in needed.items()], mutations
+
+
+def start(job, folder):
+    """Fork a process that runs the tests of a job in `folder`; its number. What it prints goes to folder/output."""
+    if job.file:
+        path = folder / job.file
+        path.write_text(path.read_text().replace(job.old, job.new))
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    sys.path[0] = str(folder)
+    code = 3
+    try:
+        import signal
+
+        import pytest
+
+        signal.alarm(LIMIT)
+        options = ["-x", "-q", "--tb=native", "-o", "addopts=", "--basetemp", str(folder / "tmp")]
+        options += ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # the latter collects garbage for half a second
+        code = pytest.main([*options, *job.tests])
+    finally:
+        os._exit(int(code))
+
+
+def main(args):
+    unchanged, mutations = jobs_of(args.only)
+    began = time.perf_counter()
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    import_libraries()
+    print(f"{len(mutations)} mutations; libraries imported in {time.perf_counter() - began:.0f} s", flush=True)
+    waiting, running, wrong = unchanged + mutations, {}, []
+    with tempfile.TemporaryDirectory() as temporary:
+        free = []
+        for number in range(args.jobs):
+            free.append(Path(temporary) / str(number))
+            skipped = shutil.ignore_patterns(".git", "__pycache__", "runs", "datasets", ".*_cache")
+            shutil.copytree(ROOT, free[-1], ignore=skipped)
+        while waiting or running:
+            while waiting and free:
+                job, folder = waiting.pop(0), free.pop()
+                running[start(job, folder)] = job, folder, time.perf_counter()
+            process, status = os.wait()
+            job, folder, since = running.pop(process)
+            code = os.waitstatus_to_exitcode(status)  # 0 all passed, 1 a test failed; else pytest itself failed, or a signal
+            verdict = {0: "survived", 1: "caught"}.get(code, f"no verdict (exit code {code})")
+            if job.file is None:
+                verdict = "passed" if code == 0 else "FAILED"
+            print(f"{verdict:9} {time.perf_counter() - since:5.1f} s  {job.name}", flush=True)
+            if verdict not in ("caught", "passed"):
+                wrong.append(job.name)
+                if verdict != "survived":
+                    print((folder / "output").read_text()[-3000:])
+            if job.file:
+                shutil.copyfile(ROOT / job.file, folder / job.file)
+            free.append(folder)
+    print(f"{len(mutations)} mutations, {len(wrong)} not as they should be, {time.perf_counter() - began:.0f} s")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
