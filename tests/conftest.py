@@ -1,10 +1,12 @@
-"""The tests need no network, no GPU and no data: everything runs on toy pictures and on small files made here."""
+"""The tests need no network, no GPU and no data: everything runs on toy images and on small files made here."""
 
 import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
 METHODS = ["pare", "orca", "mona", "finetune"]
 
 # Two tests run at a time (pyproject.toml), each on one core.
@@ -62,3 +66,51 @@ def rows(folder):
     """metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(script, tmp_path_factory):
+    """PaRe, three short epochs; several tests compare with it."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return script("pare.py", *SHORT, *NOISE, out=out), out / "spherical-pare-tiny-swin-s0-toy"
+
+
+@pytest.fixture(scope="session")
+def swin():
+    return common.load_source("tiny-swin")
+
+
+@pytest.fixture(scope="session")
+def roberta():
+    return common.load_source("tiny-roberta")
+
+
+@pytest.fixture
+def server():
+    """Serves `content` from any path, with byte ranges unless told not to; keeps what was asked for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        content, ranges, cut, asked = b"", True, None, []
+
+        def do_GET(self):
+            begin = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.ranges else 0
+            Handler.asked.append(begin)
+            if self.path.endswith("missing") or begin >= len(self.content):
+                return self.send_error(404 if self.path.endswith("missing") else 416)
+            body = self.content[begin:]
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: self.cut])
+
+        def log_message(self, *_):
+            pass
+
+    web = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{web.server_port}"
+    yield Handler
+    web.shutdown()

@@ -193,6 +193,9 @@ def test_a_source_without_influence_is_said(tmp_path, capsys):
     assert "Raise --inner-lr or --lambda" in capsys.readouterr().out
 
 
+# ---- end to end
+
+
 def test_a_compiled_encoder_has_no_exact_gradient_and_says_so(script, tmp_path):
     error = script("mona.py", *SHORT, "--compile", "--gradient", "exact", out=tmp_path, code=2)
     assert "Leave one of them out" in error and "Traceback" not in error
