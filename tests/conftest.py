@@ -17,13 +17,15 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-
-METHODS = ["pare", "orca", "mona", "finetune"]
-
-# Two tests run at a time (pyproject.toml), each on one core.
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# two tests run at a time (pyproject.toml), each on one core; nothing is asked of a network
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 torch.set_num_threads(1)
+
+import common  # noqa: E402
+import data  # noqa: E402
+
+data.TOY_TEST = 100  # toy images to test on: 1000 take longer than the training
+METHODS = ["pare", "orca", "mona", "finetune"]
 
 
 @pytest.fixture(scope="session")

@@ -64,3 +64,11 @@ def test_a_file_imports_only_what_lies_below(file):
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_can_be_read_in_one_sitting(file):
     assert len(FILES[file].read_text().splitlines()) <= (700 if file == "data" else 650)
+
+
+def test_libraries_that_take_seconds_to_import_wait_until_they_are_used():
+    slow = {"timm", "transformers", "matplotlib", "ot", "sklearn"}
+    for file, path in FILES.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name.split(".")[0] for node in top for name in [getattr(node, "module", None) or node.names[0].name]}
+        assert not names & slow, f"{file}: {names & slow}"

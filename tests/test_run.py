@@ -1,6 +1,7 @@
 """What keeps a run: optimizer and schedule, files, resuming, many processes and machines, a disk without room."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -11,16 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import METHODS, NOISE, ROOT, SHORT, here, result, rows, weights
+from pair import alignments, meta_gradients, shared_sums
 
-import backbones
 import cli
 import common
 import data
 import mona
-import orca
-from run import Run, average, gather, make_optimizer, make_schedule, mean_loss, shard, write
+from run import Run, make_optimizer, make_schedule, mean_loss, write
 
 # ---- optimizer and schedule
 
@@ -110,7 +109,6 @@ def test_a_run_that_diverges_is_told_and_keeps_nothing(tmp_path):
 def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
     from torch._dynamo.testing import CompileCounter
 
-    import mona
 
     counter, source = CompileCounter(), common.load_source("tiny-swin")
     embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
@@ -135,12 +133,13 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
 
 
 def test_killed_in_the_middle_and_resumed_is_bit_identical(script, uninterrupted, tmp_path):
-    command = [sys.executable, str(ROOT / "pare.py"), *map(str, SHORT + NOISE), "--out-dir", str(tmp_path)]
+    command = ["pare.py", *map(str, SHORT + NOISE), "--out-dir", str(tmp_path)]
+    (tmp_path / "commands.json").write_text(json.dumps([command]))
     folder = tmp_path / "spherical-pare-tiny-swin-s0-toy"
+    command = [sys.executable, str(ROOT / "tests/pair.py"), str(tmp_path)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "result.json").exists() and 1 <= len(rows(folder)) < 3
@@ -174,66 +173,41 @@ def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path)
     assert "is no checkpoint of this run" in script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
 
 
-# ---- many processes: the maths
+# ---- many processes
+
+SGD = "--task spherical --scale tiny --n-train 160 --epochs 1 --optimizer sgd --lr 0.05".split()
+FEW = "--task spherical --scale tiny --n-train 96 --epochs 2 --optimizer sgd --lr 0.05".split()
+UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
+WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
 
 
-LABEL_WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)  # a loss that is no mean over the shares' losses
+def torchrun(*command, before=(), **launch):
+    """A command under torchrun, in the background."""
+    torchrun = [*before, sys.executable, "-m", "torch.distributed.run", *(f"--{k}={v}" for k, v in launch.items())]
+    return subprocess.Popen([*torchrun, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def shared_sums():
-    """Gather and average with their first and second derivatives."""
-    x = torch.arange(7, dtype=torch.float64).requires_grad_()
-    w = torch.linspace(1, 2, 7, dtype=torch.float64)
-    everything = gather(shard(x) * 2, 7)
-    (slope,) = average(torch.autograd.grad((w * everything**3).sum(), x, create_graph=True))
-    (curvature,) = average(torch.autograd.grad((gather(shard(slope), 7) * w).sum(), x))
-    return everything, slope, curvature
+def ended(process):
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
 
 
-def meta_gradients():
-    """MoNA's gradient in its three forms, of a small Swin in double precision."""
-    torch.manual_seed(0)
-    swin = backbones.build_swin(
-        img_size=16, patch_size=4, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=0
-    )
-    embedder, predictor = common.Embedder2d(3, 8, 16), common.ClassPredictor(16, 3)
-    model = common.Model(embedder, backbones.SwinEncoder(swin), predictor).double().eval()
-    batch = torch.randn(6, 3, 16, 16).double(), torch.arange(6) % 3, torch.randn(8, 16, 8).double(), torch.arange(8) % 3
-    loss = lambda out, y: F.cross_entropy(out, y, LABEL_WEIGHTS)
-    found = []
-    for way in ("finite-difference", "exact"):
-        g_e, g_h, log = mona.meta_gradient(model, loss, *map(shard, batch), 0.5, 0.7, way)
-        found += [*g_e, *g_h, log]
-    return found
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with what two processes make of several commands: a folder for each."""
+    out = tmp_path_factory.mktemp("two")
+    commands = {method: [f"{method}.py", *SGD, "--clip", 0] for method in METHODS}
+    commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP], "epochs": ["pare.py", *FEW]}
+    commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
+    (out / "commands.json").write_text(json.dumps(commands))
+    ended(torchrun(ROOT / "tests/pair.py", out, nproc_per_node=2, master_port=29511))
+    return out
 
 
-def alignments():
-    """ORCA's stage 1 on problems of 15 samples, and of one, which leave a process without any."""
-    found = []
-    for options in (dict(classes_per_problem=3, max_samples=5), dict(as_released=True, max_samples=1)):
-        torch.manual_seed(0)
-        args = data.complete(orca.Args(scale="tiny", backbone="tiny-swin", embedder_epochs=2, **options), "orca", "tiny")
-        embedder = common.Embedder2d(3, 8, 16).double()
-        x = torch.rand(90, 3, 16, 16, dtype=torch.float64)
-        train = SimpleNamespace(inputs=lambda index, x=x: x[index])
-        u_s, y = torch.randn(30, 8, dtype=torch.float64), torch.arange(90) % 7
-        history = orca.align(embedder, u_s, torch.arange(30) % 4, train, y, args)
-        found += [torch.tensor([row["distance"] for row in history]), *embedder.state_dict().values()]
-    return found
-
-
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save([shared_sums(), meta_gradients(), alignments()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_both_first_stages_and_their_gradients_are_those_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, (2, tmp_path), nprocs=2)
+def test_both_first_stages_and_their_gradients_are_those_of_one_process(two):
     alone = [shared_sums(), meta_gradients(), alignments()]
     for rank in range(2):
-        for ours, one in zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True):
+        for ours, one in zip(torch.load(two / f"{rank}.pt"), alone, strict=True):
             for a, b in zip(ours, one, strict=True):
                 assert torch.allclose(a.detach(), b.detach(), rtol=1e-6, atol=1e-9)
     everything, slope, curvature = alone[0]  # f = sum w (2 x)^3, f' = 24 w x^2, and of sum w f': 48 w^2 x
@@ -241,51 +215,33 @@ def test_both_first_stages_and_their_gradients_are_those_of_one_process(tmp_path
     assert torch.equal(everything, 2 * x) and torch.allclose(slope, 24 * w * x**2) and torch.allclose(curvature, 48 * w**2 * x)
 
 
-# ---- many processes: runs
-
-
-SGD = "--task spherical --scale tiny --n-train 160 --epochs 1 --optimizer sgd --lr 0.05 --clip 0".split()
-
-
-def weights_before(method):
-    prefix = "model." if method == "pare" else ""
-    return {f"{prefix}encoder.{k}": v for k, v in common.load_source("tiny-swin").encoder.named_parameters()}
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_and_accumulation_give_the_weights_of_one(script, tmp_path, method):
-    ways = {"one": [], "two": [], "accumulated": ["--batch-size", 16, "--accumulate", 2]}
-    if method == "mona":
-        del ways["accumulated"]  # a micro-batch is a step of its stage 1
-    for way, options in ways.items():
-        if way == "two":
-            script(f"{method}.py", *SGD, *options, out=tmp_path / way, processes=2)
-        else:
-            here(f"{method}.py", *SGD, *options, out=tmp_path / way)
+def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, method):
     name = f"spherical-{'naive' if method == 'finetune' else method}-tiny-swin-s0-toy"
-    one = weights(tmp_path / "one" / name)
-    start = weights_before(method)
-    for way in list(ways)[1:]:
-        other = weights(tmp_path / way / name)
-        assert rows(tmp_path / way / name)[-1]["val"] == pytest.approx(rows(tmp_path / "one" / name)[-1]["val"], abs=0.01)
+    here(method, *SGD, "--clip", 0, out=tmp_path / "one")
+    one, others = weights(tmp_path / "one" / name), {"two": two / method / name}
+    if method != "mona":  # a micro-batch is a step of its stage 1
+        here(method, *SGD, "--clip", 0, "--batch-size", 16, "--accumulate", 2, out=tmp_path / "accumulated")
+        others["accumulated"] = tmp_path / "accumulated" / name
+    for way, folder in others.items():
+        other = weights(folder)
+        assert rows(folder)[-1]["val"] == pytest.approx(rows(tmp_path / "one" / name)[-1]["val"], abs=0.01)
         for key, value in one.items():
             assert torch.allclose(value, other[key], atol=2e-5), (way, key)
-    moved = sum((one[key] - value).abs().sum().item() for key, value in start.items() if key in one)
+    prefix = "model." if method == "pare" else ""
+    start = {f"{prefix}encoder.{k}": v for k, v in common.load_source("tiny-swin").encoder.named_parameters()}
+    assert start.keys() <= one.keys()
+    moved = sum((one[key] - value).abs().sum().item() for key, value in start.items())
     assert moved > 1  # the weights that agree have left their start
 
 
-def test_two_processes_may_leave_parameters_unused(script, tmp_path):
+def test_two_processes_may_leave_parameters_unused(two, tmp_path):
     """PaRe's gate once k is 0, and all but the embedder in the warm-up, have no gradient to average."""
-    script("pare.py", *SGD[:-2], "--clip", 1, "--epochs", 2, "--k-begin", 0.02, out=tmp_path, processes=2)
-    assert [row["k"] for row in rows(tmp_path / "spherical-pare-tiny-swin-s0-toy")] == [1, 0]
-    options = ["--mode", "warmup", "--warmup-share", 0.5, "--epochs", 2, "--batch-size", 16, "--accumulate", 2]
-    here("finetune.py", *SGD, *options, out=tmp_path / "one")
-    script("finetune.py", *SGD, *options, out=tmp_path / "two", processes=2)
-    one, two = (weights(tmp_path / way / "spherical-warmup-tiny-swin-s0-toy") for way in ("one", "two"))
-    assert all(torch.allclose(value, two[key], atol=2e-5) for key, value in one.items())
-
-
-FEW = "--task spherical --scale tiny --n-train 96 --epochs 2 --optimizer sgd --lr 0.05".split()
+    assert [row["k"] for row in rows(two / "unused/spherical-pare-tiny-swin-s0-toy")] == [1, 0]
+    name = "spherical-warmup-tiny-swin-s0-toy"
+    here("finetune", *WARMUP, out=tmp_path)
+    one, other = weights(tmp_path / name), weights(two / "warmup" / name)
+    assert all(torch.allclose(value, other[key], atol=2e-5) for key, value in one.items())
 
 
 def same(folder, other):
@@ -295,28 +251,11 @@ def same(folder, other):
     assert result(folder)["test"] == pytest.approx(result(other)["test"], abs=0.01)
 
 
-def start(command, *options, out, before=(), **launch):
-    """A script under torchrun, in the background."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *(f"--{k}={v}" for k, v in launch.items())]
-    command = [*before, *torchrun, str(ROOT / command), *map(str, options), "--out-dir", str(out)]
-    return subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def ended(process):
-    said, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, said
-
-
-def test_a_run_goes_on_with_another_number_of_processes(script, tmp_path):
+def test_a_run_continues_with_another_number_of_processes(script, two, tmp_path):
     name = "spherical-pare-tiny-swin-s0-toy"
-    copy = tmp_path / "one" / name
-    process = start("pare.py", *FEW, out=tmp_path, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
-    while not (tmp_path / name / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    shutil.copytree(tmp_path / name, copy, ignore=shutil.ignore_patterns("*.part"))  # what a killed run leaves behind
-    ended(process)
-    assert "resumed after epoch 1" in script("pare.py", *FEW, "--resume", out=copy.parent)
-    same(tmp_path / name, copy)
+    shutil.copytree(two / f"epochs/{name}.1", tmp_path / name)  # as a run leaves it that is killed in its second epoch
+    assert "resumed after epoch 1" in script("pare.py", *FEW, "--resume", out=tmp_path)
+    same(two / "epochs" / name, tmp_path / name)
 
 
 @contextlib.contextmanager
@@ -341,18 +280,18 @@ def two_nodes():
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def test_two_nodes_give_the_result_of_one(script, tmp_path, monkeypatch):
+def test_two_nodes_give_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
-    (tmp_path / "two").mkdir()
     options = [*FEW, "--meta-epochs", 1]
     with two_nodes() as names:
         launch = dict(nnodes=2, nproc_per_node=1, master_addr="10.77.0.1", master_port=29512)
+        (tmp_path / "commands.json").write_text(json.dumps([[*map(str, ["mona.py", *options, "--out-dir", tmp_path / "two"])]]))
+        command = ROOT / "tests/pair.py", tmp_path
         nodes = [
-            start("mona.py", *options, out=tmp_path / "two", before=["ip", "netns", "exec", name], node_rank=i, **launch)
-            for i, name in enumerate(names)
+            torchrun(*command, before=["ip", "netns", "exec", name], node_rank=i, **launch) for i, name in enumerate(names)
         ]
         for node in nodes:
             ended(node)
-    script("mona.py", *options, out=tmp_path / "one")
+    here("mona", *options, out=tmp_path / "one")
     name = "spherical-mona-tiny-swin-s0-toy"
     same(tmp_path / "one" / name, tmp_path / "two" / name)
