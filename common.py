@@ -153,7 +153,7 @@ class ClassPredictor(nn.Module):
 
     def forward(self, features):
         with autocast_off(features):  # bf16 logits tie: 0.8 % of the answers would be others
-            return self.linear(features.float().mean(1))  # (B, n, F) -> (B, F) -> (B, K)
+            return self.linear(features.to(self.linear.weight.dtype).mean(1))  # (B, n, F) -> (B, F) -> (B, K)
 
 
 class DensePredictor2d(nn.Module):

@@ -91,7 +91,7 @@ def outer_loss(encoder, theta, tokens_s, y_s):
 
     Pairs are of all samples: of G processes each has its share of the tokens, and all of the classes y_s.
     """
-    features = functional_call(encoder, theta, (tokens_s,)).float().mean(1)  # (B / G, n, F) -> (B / G, F)
+    features = functional_call(encoder, theta, (tokens_s,)).mean(1)  # (B / G, n, F) -> (B / G, F)
     f = gather(F.normalize(features, dim=1))  # (B, F)
     return alignment(f, y_s), uniformity(f)
 

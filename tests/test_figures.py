@@ -13,6 +13,7 @@ from conftest import here
 from PIL import Image
 
 import cli
+import common
 from tools import figures, reproduce
 
 
@@ -64,8 +65,9 @@ def rebuilt(runs):
 
 def test_a_rebuilt_run_scores_as_it_did(rebuilt):
     with torch.no_grad():
-        out = torch.cat([rebuilt.model(rebuilt.loaded.test.inputs(i)) for i in torch.arange(1000).split(250)])
-    score = rebuilt.loaded.task.score(out.numpy(), rebuilt.loaded.test.y.numpy())
+        test = rebuilt.loaded.test
+        out = rebuilt.model(test.inputs(torch.arange(len(test))))
+    score = rebuilt.loaded.task.score(out.numpy(), test.y.numpy())
     assert score == pytest.approx(rebuilt.result["test_last"], abs=2e-3)
 
 
@@ -241,3 +243,31 @@ def test_a_run_is_not_rebuilt_on_other_data(use, runs, tmp_path):
     (other / "args.json").write_text((runs / PARE / "args.json").read_text().replace('"toy"', '"official"'))
     with pytest.raises(cli.UserError, match="saw official data"):
         use("embeddings", other)
+
+
+def test_the_probe_measures_what_a_run_left_of_the_source(script, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name, n in (("data_batch_1", 200), ("test_batch", 100)):  # brightness hints at the class
+        y = rng.integers(0, 10, n)
+        x = (15 * y[:, None] + rng.integers(0, 60, (n, 1)) + rng.integers(0, 50, (n, 3072))).astype(np.uint8)
+        (folder / name).write_bytes(pickle.dumps({b"data": x, b"labels": y.tolist()}))
+    script("finetune.py", "--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 1, out=tmp_path)
+    naive, kept = tmp_path / "spherical-naive-tiny-swin-s0-toy", tmp_path / "kept"
+    kept.mkdir()  # a run of PaRe that left the encoder as it was
+    (kept / "result.json").write_text((naive / "result.json").read_text().replace("naive", "pare"))
+    pretrained = common.load_source("tiny-swin").encoder.state_dict()
+    torch.save({"net": {f"model.encoder.{k}": v for k, v in pretrained.items()}}, kept / "last.pt")
+    figures.probe(figures.Args("probe", (str(naive), str(kept)), str(tmp_path / "data")))
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    errors = {row[1]: (float(row[3].split()[0]), float(row[4])) for row in table}
+    assert errors["pare"][0] == errors["pare"][1] == errors["naive"][1] < 0.85
+    assert 0 <= errors["naive"][0] < 0.9 and errors["naive"][0] != errors["naive"][1]
+    with pytest.raises(cli.UserError, match="holds no finished run"):
+        figures.probe(figures.Args("probe", (str(tmp_path),), str(tmp_path / "data")))
+
+
+def test_the_picture_of_the_idea_can_be_drawn_again(script, tmp_path):
+    script("tools/figures.py", "idea", out=tmp_path, option="--out")
+    assert Image.open(tmp_path / "idea.png").size[0] > 1000

@@ -193,6 +193,9 @@ def test_a_source_without_influence_is_said(tmp_path, capsys):
     assert "Raise --inner-lr or --lambda" in capsys.readouterr().out
 
 
+# ---- end to end
+
+
 def test_a_compiled_encoder_has_no_exact_gradient_and_says_so(script, tmp_path):
     error = script("mona.py", *SHORT, "--compile", "--gradient", "exact", out=tmp_path, code=2)
     assert "Leave one of them out" in error and "Traceback" not in error
@@ -204,7 +207,7 @@ def test_mona_as_a_user_runs_it(script, tmp_path):
     folder = tmp_path / "spherical-mona-tiny-swin-s0-toy"
     lines = rows(folder)
     assert "MoNA    epoch 2" in said and [row.get("stage") for row in lines] == [1, 1, None, None]
-    assert set(lines[0]) == {"stage", "epoch", "L_inner", "alignment", "uniformity", "ratio"}
+    assert set(lines[0]) == {"stage", "epoch", "L_inner", "alignment", "uniformity", "ratio", "step"}
     assert lines[-1]["loss"] < lines[2]["loss"] and result(folder)["source"] == "cifar10"
     kept, before = load_file(folder / "stage1.safetensors"), weights(folder)
     assert {k.split(".")[0] for k in kept} == {"embedder", "predictor"}

@@ -1,11 +1,17 @@
-"""PaRe's own maths, against plain Python, brute force and finite differences."""
+"""PaRe's own maths, against plain Python, brute force and finite differences, and PaRe end to end."""
 
 import itertools
+import json
 
 import pytest
 import torch
+from conftest import SHORT, here, result, rows, weights
+from safetensors.torch import load_file
 
+import common
 import pare
+
+# ---- replacing patches
 
 
 def scores(*shape, seed=0):
@@ -70,6 +76,9 @@ def test_k_falls_linearly_and_never_rises():
     assert (released[0], released[-1]) == (2000, 525)  # as in the official runs
 
 
+# ---- the relaxed choice
+
+
 def test_top_k_mask_is_the_brute_force_choice():
     s = scores(5, 7)
     for k in range(8):
@@ -110,9 +119,10 @@ def test_gradient_survives_scores_as_far_apart_as_gumbel_noise_makes_them():
     assert s.grad.sum(1).abs().max() < 1e-3 * s.grad.abs().sum(1).min()  # shifting all scores changes nothing
 
 
-def tiny_net(seed=0):
-    import common
+# ---- the network
 
+
+def tiny_net(seed=0):
     torch.manual_seed(seed)
     source = common.load_source("tiny-swin")
     model = common.Model(
@@ -157,3 +167,37 @@ def test_released_second_phase_replaces_the_highest_in_order_of_score():
     assert torch.equal(
         pare.replace_as_released(tokens_t, tokens_s, scores_t, scores_s, 0), tokens_t
     )  # P9: the official code fails
+
+
+# ---- end to end
+
+
+def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
+    said, folder = uninterrupted
+    assert "TOY DATA" in said and "k from 41" in said
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"args.json", "metrics.jsonl", "curves.png", "last.pt", "best.safetensors", "result.json"}
+    history, r = rows(folder), result(folder)
+    assert history[-1]["loss"] < history[0]["loss"] and [row["k"] for row in history] == [41, 27, 13]
+    assert [round(row["lambda"], 3) for row in history] == [1.0, round(27 / 41, 3), round(13 / 41, 3)]
+    assert r["data"] == "toy" and r["source"] == "tiny_imagenet" and r["n_train"] == 320 and r["method"] == "pare"
+    assert r["val"] == min(row["val"] for row in history) == history[r["best_epoch"] - 1]["val"]
+    assert 0 <= r["test"] <= 1 and r["samples_per_second"] > 0 and r["direction"] == "min"
+    args = json.loads((folder / "args.json").read_text())
+    assert args["lr"] is not None and args["scale"] == "tiny"
+    assert any(name.startswith("gate") for name in weights(folder))
+    assert {name.split(".")[0] for name in load_file(folder / "best.safetensors")} == {"embedder", "encoder", "predictor"}
+
+
+def test_as_released_runs_both_phases(tmp_path, capsys):
+    here("pare.py", *SHORT, "--as-released", out=tmp_path)  # the gate trains in the first epoch only
+    assert "lambda = k/N" in capsys.readouterr().out
+    ks = [row["k"] for row in rows(tmp_path / "spherical-pare-tiny-swin-s0-toy")]
+    assert ks == [41, int(41 - 31 / 3), int(41 - 31 * 2 / 3)]  # 10 of 64 is the released 500 of 3136
+
+
+def test_cifar100_trains_with_its_own_augmentation_and_optimizer(tmp_path):
+    options = ["--task", "cifar100", "--optimizer", "sgd", "--lr", 0.05, "--accumulate", 3]
+    here("pare.py", *SHORT, *options, out=tmp_path)
+    history = rows(tmp_path / "cifar100-pare-tiny-swin-s0-toy")
+    assert history[-1]["loss"] < history[0]["loss"]

@@ -1,5 +1,4 @@
-"""Every PDE solver against something independent of it: exact solutions, scipy's integrators, observed orders, conserved sums;
-what is drawn; what the loader makes of it."""
+"""The PDE solvers against something independent of each: exact solutions, scipy's integrators, orders, conserved sums."""
 
 import itertools
 import math
@@ -13,8 +12,7 @@ from conftest import ROOT
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
-import data
-from tasks import files, pde
+from tasks import pde
 
 NU = 0.1 + 4 / 3 * 0.1
 
@@ -535,86 +533,10 @@ def test_released_waves_travel_twice_as_far_and_burgers_does_not_fade_as_fast():
     assert np.allclose(solve_ivp(rate, (0, 2), x.astype(float), "BDF", rtol=1e-6, atol=1e-8).y[:, -1], y, atol=1e-4)
 
 
-# ---- the loader
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """Full scale with few samples."""
-    for name, of in pde.SETS.items():
-        monkeypatch.setitem(pde.SETS, name, data.replace(of, samples=(3, 1) if name == "darcy" else (12, 4)))
-
-
-@pytest.mark.parametrize("name", pde.SETS)
-def test_full_scale_simulates_the_benchmarks_shapes(name, few, tmp_path, capsys):
-    loaded = data.load(name, tmp_path / "none", tmp_path / "cache", "full")
-    task = data.TASKS[name]
-    assert (loaded.task.shape, loaded.task.output, loaded.train.kind) == (task.shape, task.output, "simulated")
-    assert len(loaded.train) + len(loaded.val) == (3 if name == "darcy" else 12) and len(loaded.test) == (
-        1 if name == "darcy" else 4
-    )
-    assert "SIMULATED: no " in (said := capsys.readouterr().out) and "simulated data" in said
-    x, y = next(loaded.train.batches(1, 2, 0, 0))
-    assert x.shape == (2, *task.shape) and y.shape == (2, *task.output) and x.dtype == y.dtype == torch.float32
-    if name == "navier_stokes1d":
-        both = torch.cat([split.inputs(torch.arange(len(split))) for split in (loaded.train, loaded.val)])
-        assert both.mean(0).abs().max() < 1e-3 and both.std(0).max() < 1.01  # normalised as the official files are
-
-
-def test_the_tiny_scale_has_a_coarser_grid_and_as_many_samples_as_are_asked_for(tmp_path, capsys):
-    loaded = data.load("burgers1d", tmp_path, tmp_path, "tiny")
-    assert (len(loaded.train), len(loaded.val), len(loaded.test)) == (900, 100, 200) and loaded.task.shape == (1, 256)
-    few = data.load("burgers1d", tmp_path, tmp_path, "tiny", n_train=40)
-    assert (len(few.train), len(few.test)) == (40, 45)
-    for name, shape in {"darcy": (3, 85, 85), "advection1d": (1, 256), "darcy2d": (1, 64, 64)}.items():
-        assert data.load(name, tmp_path, tmp_path, "tiny", n_train=9).task.shape == shape
-
-
-def test_simulated_data_are_kept_and_another_version_or_option_is_solved_anew(tmp_path, monkeypatch, capsys):
-    load = lambda **options: data.load("diffusion_reaction1d", tmp_path, tmp_path / "cache", "tiny", 20, **options)
-    first = load()
-    assert "solving diffusion_reaction1d: 23 samples on 256 cells for train, once" in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").iterdir())) == 4
-    solve = pde.simulate
-    monkeypatch.setattr(pde, "simulate", None)
-    again = load()
-    assert torch.equal(first.train.x, again.train.x) and torch.equal(first.test.y, again.test.y)
-    with pytest.raises(TypeError):
-        load(as_released=True)
-    monkeypatch.setattr(pde, "VERSION", pde.VERSION + 1)
-    with pytest.raises(TypeError):
-        load()
-    monkeypatch.setattr(pde, "simulate", solve)
-    released = load(as_released=True)
-    assert torch.equal(first.train.y, released.train.y) and torch.equal(first.test.x, released.test.x)
-    grown = 1 / (1 + (1 / first.test.y - 1) * math.exp(-0.7))  # almost uniform by 0.29: the logistic law
-    assert torch.allclose(released.test.y, grown, atol=5e-3) and not torch.allclose(released.test.y, first.test.y, atol=5e-2)
-
-
-def test_a_run_killed_while_it_simulates_leaves_nothing_behind(tmp_path, monkeypatch):
-    solve = pde.simulate
-
-    def killed(*args):
-        yield next(solve(*args))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pde, "simulate", killed)
-    with pytest.raises(KeyboardInterrupt):
-        data.load("burgers1d", tmp_path, tmp_path / "cache", "tiny", 20)
-    assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(pde, "simulate", solve)
-    assert len(data.load("burgers1d", tmp_path, tmp_path / "cache", "tiny", 20).train) == 20
-
-
-def test_without_a_network_prepare_says_that_the_task_is_simulated(tmp_path, monkeypatch, capsys):
-    for key, download in files.DOWNLOADS.items():
-        monkeypatch.setitem(files.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
-    data.prepare("darcy", tmp_path)  # no error
-    said = capsys.readouterr().out
-    assert "darcy will be simulated" in said and "Without cifar10 and voc" in said
+# ---- the command line
 
 
 def test_pde_py_prints_the_table_of_times(tmp_path):
-    command = [sys.executable, str(ROOT / "pde.py"), "--task", "advection1d", "--samples", "10"]
+    command = [sys.executable, str(ROOT / "tasks" / "pde.py"), "--task", "advection1d", "--samples", "10"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "| advection1d | 1024 | 10 | " in out and "| 10,000 | " in out

@@ -1,0 +1,94 @@
+"""What the tests do in two processes at once, one thing after the other: the processes take longer to start than all of it.
+
+    torchrun --nproc_per_node=2 tests/pair.py FOLDER       or without torchrun, in one process
+
+FOLDER/commands.json lists the commands. Each run is copied as it stands after its first epoch, to FOLDER/NAME.1.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import backbones
+import common
+import data
+import mona
+import orca
+import run
+
+LABEL_WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)  # a loss that is no mean over the shares' losses
+
+
+def shared_sums():
+    """Gather and average with their first and second derivatives."""
+    x = torch.arange(7, dtype=torch.float64).requires_grad_()
+    w = torch.linspace(1, 2, 7, dtype=torch.float64)
+    everything = run.gather(run.shard(x) * 2, 7)
+    (slope,) = run.average(torch.autograd.grad((w * everything**3).sum(), x, create_graph=True))
+    (curvature,) = run.average(torch.autograd.grad((run.gather(run.shard(slope), 7) * w).sum(), x))
+    return everything, slope, curvature
+
+
+def meta_gradients():
+    """MoNA's gradient, both ways, of a small Swin in double precision."""
+    torch.manual_seed(0)
+    swin = backbones.build_swin(
+        img_size=16, patch_size=4, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=0
+    )
+    embedder, predictor = common.Embedder2d(3, 8, 16), common.ClassPredictor(16, 3)
+    model = common.Model(embedder, backbones.SwinEncoder(swin), predictor).double().eval()
+    batch = torch.randn(6, 3, 16, 16).double(), torch.arange(6) % 3, torch.randn(8, 16, 8).double(), torch.arange(8) % 3
+    loss = lambda out, y: F.cross_entropy(out, y, LABEL_WEIGHTS)
+    found = []
+    for way in ("finite-difference", "exact"):
+        g_e, g_h, log = mona.meta_gradient(model, loss, *map(run.shard, batch), 0.5, 0.7, way)
+        found += [*g_e, *g_h, log]
+    return found
+
+
+def alignments():
+    """ORCA's stage 1 on problems of 15 samples, and of one, which leave a process without any."""
+    found = []
+    for options in (dict(classes_per_problem=3, max_samples=5), dict(as_released=True, max_samples=1)):
+        torch.manual_seed(0)
+        args = data.complete(orca.Args(scale="tiny", backbone="tiny-swin", embedder_epochs=2, **options), "orca", "tiny")
+        embedder = common.Embedder2d(3, 8, 16).double()
+        x = torch.rand(90, 3, 16, 16, dtype=torch.float64)
+        train = SimpleNamespace(inputs=lambda index, x=x: x[index])
+        u_s, y = torch.randn(30, 8, dtype=torch.float64), torch.arange(90) % 7
+        history = orca.align(embedder, u_s, torch.arange(30) % 4, train, y, args)
+        found += [torch.tensor([row["distance"] for row in history]), *embedder.state_dict().values()]
+    return found
+
+
+def copy_after_first_epoch(end_epoch):
+    def ended(self, *arguments):
+        end_epoch(self, *arguments)
+        if self.rank == 0 and len(self.history) == 1:
+            shutil.copytree(self.folder, f"{self.folder}.1")
+
+    return ended
+
+
+def main(folder):
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+        torch.save([shared_sums(), meta_gradients(), alignments()], folder / f"{os.environ['RANK']}.pt")
+        torch.distributed.destroy_process_group()
+    run.Run.end_epoch = copy_after_first_epoch(run.Run.end_epoch)
+    for i, (script, *options) in enumerate(json.loads((folder / "commands.json").read_text())):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i + 1)  # processes that meet again need another name for it
+        sys.argv = [script, *options]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

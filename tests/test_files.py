@@ -1,0 +1,98 @@
+"""Reading what cannot be trusted, and downloading it."""
+
+import hashlib
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from official import RNG, Bomb, write_cifar100
+
+import cli
+import data
+from tasks import files, images
+
+# ---- files that cannot be trusted
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    folder = write_cifar100(tmp_path)
+    (folder / "train").write_bytes(pickle.dumps({b"data": Bomb(), b"fine_labels": []}))
+    with pytest.raises(cli.UserError, match="asks for posix.system"):
+        images.read_cifar100(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["np.ndarray", "builtins.eval", "numpy.load", "numpy.f2py.compile"])
+def test_only_arrays_pass_the_unpickler(name):
+    module, function = name.rsplit(".", 1)
+    unpickler = files.ArraysOnly(io.BytesIO())
+    if name == "np.ndarray":
+        assert unpickler.find_class("numpy", "ndarray") is np.ndarray
+    else:
+        with pytest.raises(pickle.UnpicklingError):
+            unpickler.find_class(module, function)
+
+
+def test_arrays_of_every_pickle_protocol_pass():
+    for protocol in range(2, 6):
+        array = np.arange(4)
+        loaded = files.ArraysOnly(io.BytesIO(pickle.dumps({"a": array, "b": np.float32(2)}, protocol))).load()
+        assert np.array_equal(loaded["a"], array) and loaded["b"] == 2
+
+
+# ---- downloads
+
+
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
+    server.content, server.cut = RNG.bytes(300_000), 100_000
+    download = files.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
+    with pytest.raises(cli.UserError, match="stopped after 100,000 of 300,000"):
+        files.fetch(download, tmp_path)
+    assert not files.present(download, tmp_path)
+    server.cut = None
+    files.fetch(download, tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == server.content and server.asked == [0, 100_000]
+    files.fetch(download, tmp_path)  # present: nothing is asked
+    assert len(server.asked) == 2 and [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_server_without_ranges_starts_over_and_a_complete_part_is_taken(tmp_path, server):
+    server.content = RNG.bytes(5000)
+    download = files.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
+    (tmp_path / "a.zip.part").write_bytes(b"rubbish")
+    server.ranges = False
+    files.fetch(download, tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == server.content
+    (tmp_path / "a.zip").rename(tmp_path / "a.zip.part")
+    server.ranges = True
+    files.fetch(download, tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == server.content
+
+
+def test_a_wrong_checksum_a_missing_file_and_a_dead_server_are_named(tmp_path, server):
+    server.content = b"something else"
+    with pytest.raises(cli.UserError, match="came with checksum"):
+        files.fetch(files.Download(f"{server.url}/a.zip", "0" * 32, 1, ("a.zip",)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(cli.UserError, match="answers 404"):
+        files.fetch(files.Download(f"{server.url}/missing", None, 1, ("x",)), tmp_path)
+    with pytest.raises(cli.UserError, match="cannot be reached"):
+        files.fetch(files.Download("http://127.0.0.1:9/a", None, 1, ("x",)), tmp_path)
+
+
+def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "conll2000.zip", "w") as archive:
+        archive.writestr("conll2000/train.txt", "w NN O")
+    data.prepare("conll2000", tmp_path)
+    assert (tmp_path / "conll2000/train.txt").read_text() == "w NN O"
+    (tmp_path / "protein.zip").write_bytes(b"half a zip")
+    with pytest.raises(cli.UserError, match="protein.zip is not a whole archive"):
+        files.fetch(files.DOWNLOADS["protein"], tmp_path)
+
+
+def test_an_archive_that_is_still_there_was_not_unpacked_to_its_end(tmp_path):
+    (tmp_path / "npy_train").mkdir()
+    assert files.present(files.DOWNLOADS["cosmic_train"], tmp_path)
+    (tmp_path / "deepCR.ACS-WFC.train.tar").touch()
+    assert not files.present(files.DOWNLOADS["cosmic_train"], tmp_path)

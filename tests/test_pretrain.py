@@ -1,0 +1,120 @@
+"""tools/pretrain.py writes both kinds of backbone, and continues after a stop."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import cli
+import common
+from tools import pretrain
+
+# ---- images
+
+
+def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in [f"train/n{c:03}/images/n{c:03}_{i}.JPEG" for c in range(200) for i in range(2)] + ["val/images/val_0.JPEG"]:
+        path = tmp_path / "tiny-imagenet-200" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+        path.write_bytes(file.getvalue())
+    (tmp_path / "tiny-imagenet-200/val/val_annotations.txt").write_text("val_0.JPEG\tn007\t0\t0\t9\t9\n")
+    small = ["--size", 16, "--window", 2, "--width", 32, "--depths", 1, 1, "--epochs", 1, "--batch-size", 100, "--no-compile"]
+    script("tools/pretrain.py", "images", "--data-dir", tmp_path, *small, out=tmp_path / "small")
+    card = (tmp_path / "small.md").read_text()
+    assert "400 training images (2 a class)" in card and "1 of 1 epochs" in card
+    source = common.load_source(str(tmp_path / "small.safetensors"))
+    assert (source.size, source.token_width, source.feature_width) == (16, 32, 64)
+    assert source.encoder(source.embedder(torch.randn(2, 3, 64, 64))).shape == (2, 4, 64)
+
+
+# ---- text
+
+
+SMALL = ["--vocabulary", 300, "--width", 16, "--layers", 1, "--heads", 2, "--length", 16, "--batch-size", 4, "--no-compile"]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two zips in the formats at hand, and CoNLL-2003's columns; test files that must not be read."""
+    rng = np.random.default_rng(0)
+    text = [" ".join(rng.choice(["apple", "pear", "plum", "grows", "falls", "here"], 12)) + " ." for _ in range(300)]
+    (tmp_path / "text").mkdir()
+    with zipfile.ZipFile(tmp_path / "text/plain.zip", "w") as file:
+        file.writestr("plain/README", "zebra")
+        file.writestr("plain/a.txt", "\n".join(text))
+    with zipfile.ZipFile(tmp_path / "text/tagged.zip", "w") as file:
+        file.writestr("tagged/ca01", "\n\n".join(" ".join(f"{word}/nn" for word in line.split()) for line in text))
+    (tmp_path / "conll2003").mkdir()
+    for split, word in (("train", "plum"), ("test", "zebra")):
+        (tmp_path / f"conll2003/{split}.txt").write_text(f"{word} - - B-ORG\ngrows - - O\n\nhere - - O\n" * 5)
+    return tmp_path
+
+
+def test_texts_of_every_format_become_words(corpus):
+    texts = pretrain.read_texts(corpus)
+    assert list(texts) == ["plain", "tagged", "conll2003"] and "zebra" not in " ".join(texts.values())
+    assert texts["tagged"] == texts["plain"] and texts["conll2003"].startswith("plum grows here plum")
+    with pytest.raises(cli.UserError, match="no text in"):
+        pretrain.read_texts(corpus / "text")
+
+
+def test_a_quarter_is_hidden_and_most_of_it_masked():
+    x = torch.randint(5, 300, (50, 128))
+    seen, places = pretrain.hide(x, 0.25, 300, torch.Generator().manual_seed(0))
+    hidden = torch.zeros(50 * 128, dtype=torch.bool)
+    hidden[places] = True
+    assert (hidden.view(50, 128).sum(1) == 32).all() and torch.equal(seen.flatten()[~hidden], x.flatten()[~hidden])
+    masked, kept = (seen.flatten()[hidden] == pretrain.MASK).float(), (seen == x).flatten()[hidden].float()
+    assert abs(masked.mean() - 0.8) < 0.04 and abs(kept.mean() - 0.1) < 0.03
+
+
+def test_pretraining_text_learns_and_writes_a_backbone_and_its_card(script, corpus, tmp_path):
+    out = script(
+        "tools/pretrain.py", "text", "--data-dir", corpus, *SMALL, "--steps", 60, "--save-every", 30, out=tmp_path / "t"
+    )
+    losses = [float(line.split()[3]) for line in out.splitlines() if line.startswith("step")]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    card = (tmp_path / "t.md").read_text()
+    assert "60 of 60 steps" in card and "plain, tagged, conll2003" in card and not (tmp_path / "t.part").exists()
+    source = common.load_source(str(tmp_path / "t.safetensors"))
+    assert source.tokenizer(["apple"]) == [source.tokenizer.vocabulary.get_vocab()["Ġapple"]] and source.positions == 512
+    assert source.encoder(source.embedder(torch.tensor([source.tokenizer(["apple", "falls"])]))).shape == (1, 2, 16)
+
+
+def test_pretraining_text_goes_on_after_a_stop(corpus, tmp_path, monkeypatch):
+    """A run stopped between two checkpoints and started again ends with the weights of a run in one go."""
+    options = dict(data_dir=str(corpus), vocabulary=300, width=16, layers=1, heads=2, length=16, batch_size=4, steps=20,
+                   save_every=10, compile=False)  # fmt: skip
+    pretrain.text(pretrain.Text(out=str(tmp_path / "whole"), **options))
+    cross_entropy, calls = pretrain.F.cross_entropy, []
+
+    def stops(out, y, **kwargs):
+        calls.append(0)
+        if len(calls) == 18:
+            raise KeyboardInterrupt
+        return cross_entropy(out, y, **kwargs)
+
+    parted = pretrain.Text(out=str(tmp_path / "parted"), **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.F, "cross_entropy", stops)
+        pretrain.text(parted)
+    assert (tmp_path / "parted.part").exists()
+    with pytest.raises(cli.UserError, match="belongs to other options"):
+        pretrain.text(pretrain.Text(out=str(tmp_path / "parted"), **options | {"steps": 30}))
+    pretrain.text(parted)
+    whole, parted = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parted"))
+    assert all(torch.equal(whole[k], parted[k]) for k in whole)
+
+
+def test_an_unknown_kind_and_its_options_are_refused(script, tmp_path):
+    assert "images" in script("tools/pretrain.py", "sounds", out=tmp_path / "x", code=2)
+    mistakes = script("tools/pretrain.py", "text", "--steps", "many", out=tmp_path / "x", code=2)
+    assert "many" in mistakes
+    assert "no text in" in script("tools/pretrain.py", "text", "--data-dir", tmp_path, out=tmp_path / "x", code=2)

@@ -1,0 +1,60 @@
+"""The recipes: what the published settings mean here."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import cli
+import data
+import orca
+import pare
+from tasks import published
+
+
+def test_averaged_gradients_with_our_settings_take_the_official_step():
+    """The official code sums the gradients of 4 batches, with its learning rate and decay; we average with ours."""
+    for optimizer, make in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        recipe = published.published(optimizer, 1e-2, 0.3, 8, 10, accumulate=4)
+        w = [torch.tensor([1.0, -2.0], requires_grad=True) for _ in range(2)]
+        official, ours = make([w[0]], lr=1e-2, weight_decay=0.3), make([w[1]], lr=recipe.lr, weight_decay=recipe.weight_decay)
+        for _ in range(5):
+            gradients = torch.randn(4, 2)
+            w[0].grad, w[1].grad = gradients.sum(0), gradients.mean(0)
+            official.step()
+            ours.step()
+        assert torch.allclose(w[0], w[1], atol=1e-6), optimizer
+
+
+def test_recipes_name_a_source_of_their_modality():
+    for name in [*data.TASKS, "openml31"]:
+        task = data.find_task(name)
+        for method in ("orca", "pare"):
+            for scale in ("full", "tiny"):
+                args = data.complete(pare.Args(task=name), method, scale)
+                assert data.PROXIES[args.source].modality == task.modality
+                assert method == "orca" or args.k_begin > 0
+    args = data.complete(pare.Args(task="psicov"), "pare", "tiny")
+    assert (args.batch_size, args.accumulate) == (4, 8)  # 32 samples would be 1.9 GB
+    with pytest.raises(cli.UserError, match=r"--source conll2003 does not go with cifar100.\nTake cifar10 or tiny_imagenet"):
+        data.complete(pare.Args(task="cifar100", source="conll2003"), "pare", "tiny")
+
+
+def test_a_first_stage_has_the_published_rate_of_one_batch():
+    for name, lr, decay in (("cifar100", 1e-4, 1e-3), ("ecg", 1e-6, 0.1), ("psicov", 5e-6, 1e-5)):  # hyperparameters.csv
+        args = data.complete(orca.Args(task=name, scale="full"), "orca", "full")
+        assert data.of_one_batch(args) == pytest.approx((lr, decay))
+        assert data.of_one_batch(dataclasses.replace(args, lr=0.3))[0] == 0.3  # a rate of one's own is left alone
+
+
+def test_a_shorter_run_has_the_same_learning_rate_curve_squeezed():
+    full = data.complete(pare.Args(), "pare", "full")
+    assert (full.epochs, full.batch_size, full.accumulate, full.lr, full.decay_epochs) == (60, 16, 8, 1e-4, 60)
+    assert full.source == "tiny_imagenet" and round(full.k_begin * 3136) == 2000 and full.k_end == 0
+    sgd = data.complete(pare.Args(task="cifar100"), "pare", "full")
+    summed_rate, summed_decay = 1e-4, 1e-3  # of the official code, whose gradient is 32 times ours
+    assert sgd.lr == pytest.approx(summed_rate * 32) and sgd.lr * sgd.weight_decay == pytest.approx(summed_rate * summed_decay)
+    half = data.complete(pare.Args(epochs=30, lr=1.0, as_released=True), "pare", "full")
+    assert (half.epochs, half.warmup_epochs, half.decay_epochs, half.lr) == (30, 2.5, 30, 1.0) and round(
+        half.k_end * 3136
+    ) == 500

@@ -1,0 +1,104 @@
+"""tools/reproduce.py, its variants and references: what it runs, skips, compares and prints."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+from tools import references, reproduce
+
+
+def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path):
+    few = ["--tasks", "openml1510", "--n-train", 64, "--options=--epochs 1"]
+    command = ["tools/reproduce.py", "--methods", "naive-random", "--seeds", 2, *few]
+    table = script(*command, out=tmp_path)
+    files = sorted(tmp_path.glob("naive-random/*/result.json"))
+    errors = [json.loads(file.read_text())["test"] for file in files]
+    assert len(files) == 2 and f"| naive-random | {np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f} |" in table
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(row["method"], float(row["test"])) for row in rows] == [("naive-random", error) for error in errors]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert script(*command, out=tmp_path) == table and [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_reproduce_compares_methods_in_pairs(capsys):
+    rows = [
+        {"task": task, "method": method, "seed": seed, "test": error, "test_last": error}
+        for task, scale in (("a", 1.0), ("b", 10.0))
+        for seed in range(4)
+        for method, error in (("naive", scale * (1 + 0.1 * seed)), ("pare", scale * (0.9 + 0.1 * seed)))
+    ]
+    reproduce.paired(rows)
+    line = capsys.readouterr().out.splitlines()[-1]  # always 0.1 better, of a mean of 1.15: 8 pairs of one sign, p = 2 / 2^8
+    assert line == "| pare | 2 | 8 | 8, 0 | -8.7 % | 0.0078 | -8.7 % | 0.0078 |"
+
+
+def test_the_profile_compares_with_the_best_on_each_task(tmp_path):
+    errors = {"naive": (0.2, 4.0, 0.0), "pare": (0.1, 6.0, 0.0), "orca": (0.1, 4.0, 0.5)}
+    rows = [
+        {"task": task, "method": method, "test": error * factor}
+        for method, of_method in errors.items()
+        for task, error in zip("abc", of_method, strict=True)
+        for factor in (0.9, 1.1)  # two seeds, whose mean counts
+    ] + [{"task": "a", "method": "mona", "test": 0.01}]  # did not run everywhere
+    factors = reproduce.profile(rows, tmp_path / "profile.png")
+    assert {m: pytest.approx(f) for m, f in factors.items()} == {
+        "naive": [1, 1, 2], "pare": [1, 1, 1.5], "orca": [1, 1, float("inf")],
+    }  # fmt: skip
+    assert (tmp_path / "profile.png").stat().st_size > 5000
+
+
+def test_a_variant_differs_from_its_method_in_what_it_says(script, tmp_path):
+    few = ["--tasks", "cifar100", "--n-train", 64, "--options=--epochs 1 --batch-size 16", "--seeds", 1]
+    variants = ["pare-highest", "pare-frozen-gate", "orca-freeze-embedder", "naive-test"]
+    script("tools/reproduce.py", "--methods", "pare", *variants, *few, out=tmp_path)
+    last = lambda variant, name: torch.load(tmp_path / variant / f"cifar100-{name}-tiny-swin-s0-toy/last.pt")
+    plain, highest, frozen = last("", "pare"), last("pare-highest", "pare"), last("pare-frozen-gate", "pare")
+    assert not torch.equal(plain["net"]["predictor_s.linear.weight"], highest["net"]["predictor_s.linear.weight"])
+    trained = [len(state["optimizer"]["param_groups"][0]["params"]) for state in (plain, frozen)]
+    assert trained[0] - trained[1] == 2  # the gate's weight and bias
+    aligned = load_file(next((tmp_path / "orca-freeze-embedder").glob("*/stage1.safetensors")))
+    after = last("orca-freeze-embedder", "orca")["net"]
+    assert all(torch.equal(value, after[key]) for key, value in aligned.items())
+    row = json.loads((tmp_path / "naive-test/cifar100-naive-tiny-swin-s0-toy/result.json").read_text())
+    assert row["val"] == row["test"]
+
+
+def test_runs_of_other_options_are_not_taken_for_these_and_toys_not_for_real_data(script, tmp_path):
+    command = ["tools/reproduce.py", "--tasks", "openml187", "--methods", "logistic", "--seeds", 1]
+    script(*command, out=tmp_path)
+    assert "Give these another --out-dir" in script(*command, "--n-train", 20, out=tmp_path, code=2)
+    row = {"task": "a", "method": "naive", "seed": 0, "scale": "tiny"}
+    for folder, kind, error in (("a-naive-b-s0", "official", 0.8), ("a-naive-b-s0-toy", "toy", 0.1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "result.json").write_text(json.dumps(row | {"data": kind, "test": error}))
+    assert [r["test"] for r in reproduce.collect(tmp_path) if r["task"] == "a"] == [0.8]
+
+
+def test_a_class_that_training_lacks_does_not_shift_the_others():
+    y, y_test = torch.tensor([0, 2, 3, 4]).repeat(20), torch.arange(5).repeat(4)
+    split = lambda y: SimpleNamespace(inputs=lambda _: torch.nn.functional.one_hot(y, 5).float()[:, None], y=y, classes=5)
+    out = references.logistic(SimpleNamespace(train=split(y), test=split(y_test)), 0)
+    assert out.shape == (20, 5) and ((out.argmax(1) != y_test) == (y_test == 1)).all()
+
+
+def test_a_reference_is_scored_like_a_method(script, tmp_path):
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    table = script("tools/reproduce.py", "--tasks", "openml1510", "--methods", "logistic", "--seeds", 1, out=tmp_path)
+    row = json.loads((tmp_path / "openml1510-logistic-s0/result.json").read_text())
+    loaded = data.load("openml1510", tmp_path, tmp_path, "tiny", 5000, 0)
+    x, y = loaded.train.inputs(slice(None)).flatten(1).numpy(), loaded.train.targets(slice(None)).numpy()
+    shift, scale = x.mean(0), x.std(0)
+    model = LogisticRegression(max_iter=2000).fit((x - shift) / scale, y)
+    x, y = loaded.test.inputs(slice(None)).flatten(1).numpy(), loaded.test.targets(slice(None)).numpy()
+    by_hand = 1 - roc_auc_score(y, model.predict_proba((x - shift) / scale)[:, 1])
+    assert row["test"] == pytest.approx(by_hand, abs=1e-3) and f"| logistic | {row['test']:.4f}" in table
+    assert len(load_breast_cancer().target) == len(loaded.train) + len(loaded.val) + len(loaded.test)
