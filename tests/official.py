@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat, wavfile
 
+import cli
 import data
 from tasks import files
 
@@ -31,7 +32,7 @@ def dev(loaded):
     x, y = (
         torch.cat([f(s, torch.arange(len(s))) for s in splits]) for f in (lambda s, i: s.inputs(i), lambda s, i: s.targets(i))
     )
-    order = np.random.default_rng(0).permutation(len(x))
+    order = np.random.default_rng(cli.stream("validation split", 0)).permutation(len(x))
     n_val = len(loaded.val)
     back = np.argsort(np.concatenate([np.sort(order[n_val:]), np.sort(order[:n_val])]))
     return x[back].numpy(), y[back].numpy()

@@ -91,7 +91,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(cli.UserError, match="train is not a readable pickle"):
         images.read_cifar100(tmp_path, tmp_path)
     write_cifar100(tmp_path, labels=[100] * 40)
-    with pytest.raises(cli.UserError, match="labels 100 to 100; expected 0 to 99"):
+    with pytest.raises(cli.UserError, match="train: labels: sample 0 has 100; expected a whole number from 0 to 99"):
         images.read_cifar100(tmp_path, tmp_path)
     (folder / "train").write_bytes(pickle.dumps({"data": np.zeros((3, 3072), np.float32), "fine_labels": [1, 2, 3]}))
     with pytest.raises(cli.UserError, match="float32 images"):
@@ -119,7 +119,7 @@ def test_a_damaged_picture_is_named(tmp_path):
     path = tmp_path / "tiny-imagenet-200/train/n01/images/n01_0.JPEG"
     path.parent.mkdir(parents=True)
     path.write_bytes(jpeg(3, "L")[:200])
-    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a 64 x 64 picture"):
+    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a 64 x 64 image"):
         images.read_tiny_imagenet(tmp_path)
 
 
