@@ -1,0 +1,256 @@
+"""Run folders whose files are missing or damaged, results that are not finite, launchers, paths with ~, ASCII terminals."""
+
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import tyro
+from conftest import METHODS, ROOT, here, result, weights
+from safetensors.torch import load_file
+
+import cli
+import run
+
+SMALL = ["--task", "satellite", "--scale", "tiny", "--n-train", 32, "--batch-size", 16]
+PROBE = ["finetune.py", *SMALL, "--mode", "probe", "--epochs", 2]
+MONA = ["mona.py", *SMALL, "--meta-epochs", 1, "--epochs", 1]
+FILES = ["args.json", "best.safetensors", "last.pt", "metrics.jsonl", "result.json", "stage1.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two finished runs, of one stage and of two: [(command, folder)]."""
+    out = tmp_path_factory.mktemp("finished")
+    for command in (PROBE, MONA):
+        here(*command, out=out)
+    folders = [next(out.glob(f"satellite-{name}-*")) for name in ("probe", "mona")]
+    return {"probe": (PROBE, folders[0]), "mona": (MONA, folders[1])}
+
+
+def copy(finished, out, name, *removed):
+    """(command, a copy of the folder of a finished run without some of its files)"""
+    command, folder = finished[name]
+    shutil.copytree(folder, out / folder.name)
+    for file in removed:
+        (out / folder.name / file).unlink()
+    return command, out / folder.name
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut short": content[: len(content) * 2 // 3], "first bytes": content[:5]}[how])
+
+
+class Split:
+    """All that Run.start asks of a data.Split."""
+
+    def __init__(self, kind, n):
+        self.kind, self.n = kind, n
+
+    def __len__(self):
+        return self.n
+
+
+def start(finished, out, name, *options):
+    """Run.start of the command of a finished run, without its model and its data."""
+    (script, *arguments), folder = finished[name]
+    module = importlib.import_module(script.removesuffix(".py"))
+    before = json.loads((folder / "args.json").read_text())
+    options = [*map(str, arguments), *options, "--data-dir", str(out / "none"), "--out-dir", str(out)]
+    args = tyro.cli(module.Args, args=options)
+    splits = map(Split, before["data"], before["samples"])
+    return run.Run(args, script.removesuffix(".py")).start(*splits)
+
+
+# ---- files that are missing or damaged
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut short", "first bytes"])
+@pytest.mark.parametrize("name", ["probe", "mona"])
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_damage_is_noticed_at_the_start(finished, tmp_path, capsys, state, name, how):
+    """Unfinished: killed after the last epoch, before the test."""
+    for file in FILES:
+        out = tmp_path / file
+        _, folder = copy(finished, out, name, *(["result.json"] if state == "unfinished" else []))
+        if not (folder / file).exists():
+            continue
+        damage(folder / file, how)
+        if how == "missing" and (file in ("result.json", "metrics.jsonl") or state == "finished" and file != "args.json"):
+            finished_still = state == "finished" and file != "result.json"
+            assert start(finished, out, name, "--resume") is not finished_still
+            assert ("finished before" in capsys.readouterr().out) is finished_still
+            continue
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for options in ([], ["--resume"]):
+            with pytest.raises(cli.UserError) as error:
+                start(finished, out, name, *options)
+            message = str(error.value)
+            assert f"{folder / file} is {'missing' if how == 'missing' else 'empty'}" in message
+            assert len(message.splitlines()) == 2
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_damage_costs_two_lines_before_anything_trains(finished, tmp_path, monkeypatch):
+    """The best checkpoint, which is read after all the training, and the first stage, which would train again."""
+    for name, file in (("probe", "best.safetensors"), ("mona", "stage1.safetensors")):
+        command, folder = copy(finished, tmp_path, name, "result.json", file)
+        monkeypatch.setattr(run.Run, "distribute", None)
+        with pytest.raises(cli.UserError, match=f"{file} is missing"):
+            here(*command, "--resume", out=tmp_path)
+
+
+def test_a_missing_history_and_result_are_written_again(finished, tmp_path):
+    command, folder = copy(finished, tmp_path, "mona", "metrics.jsonl", "result.json")
+    here(*command, "--resume", out=tmp_path)
+    whole = finished["mona"][1]
+    assert (folder / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert result(folder)["test"] == result(whole)["test"]
+    assert all(torch.equal(value, weights(folder)[key]) for key, value in weights(whole).items())
+
+
+def test_a_run_killed_in_its_first_epoch_may_start_over(finished, tmp_path):
+    """best.safetensors is written before last.pt: without it, the epoch has not ended."""
+    copy(finished, tmp_path, "probe", "metrics.jsonl", "result.json", "last.pt")
+    assert start(finished, tmp_path, "probe") is True
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(finished, tmp_path):
+    command, folder = copy(finished, tmp_path, "probe", "result.json")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    for other in ({k: v for k, v in state.items() if k != "history"}, [1], state | {"net": {}}):
+        torch.save(other, folder / "last.pt")
+        with pytest.raises(cli.UserError, match="no checkpoint of this run"):
+            here(*command, "--resume", out=tmp_path)
+    command, folder = copy(finished, tmp_path, "mona", "result.json", "last.pt", "metrics.jsonl")  # killed after stage 1
+    kept = load_file(folder / "stage1.safetensors")
+    (folder / "stage1.safetensors").write_bytes(run.to_safetensors(kept, {"rows": "["}))
+    with pytest.raises(cli.UserError, match="no first stage of this run"):
+        here(*command, "--resume", out=tmp_path)
+
+
+# ---- results that are not finite
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_test_error_that_is_not_finite_is_no_result(finished, tmp_path, monkeypatch, last):
+    """Of the last epoch, or of the best one."""
+    command, folder = copy(finished, tmp_path, "probe", "result.json")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    torch.save(state | {"best_epoch": 1}, folder / "last.pt")
+    errors = iter([math.inf, 0.5] if last else [0.5, math.nan])
+    monkeypatch.setattr(run.Run, "evaluate", lambda *_: next(errors))
+    with pytest.raises(
+        cli.UserError, match=r"the error on test is (nan|0.5) \(epoch 1\) and (0.5|inf) \(last epoch\)"
+    ) as error:
+        here(*command, "--resume", out=tmp_path)
+    assert len(str(error.value).splitlines()) == 2 and not (folder / "result.json").exists()
+
+
+def test_predictions_that_are_not_finite_have_no_score(finished, tmp_path, monkeypatch):
+    """argmax of NaN is a class: a model of NaN would be right in one case of 24."""
+    command, folder = copy(finished, tmp_path, "probe", "result.json")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    for value in state["net"].values():
+        value.fill_(math.nan)
+    torch.save(state | {"best_epoch": 2}, folder / "last.pt")
+    with pytest.raises(cli.UserError, match="the error on test is nan"):
+        here(*command, "--resume", out=tmp_path)
+
+
+def test_results_are_json(finished):
+    def refuse(token):
+        raise AssertionError(token)
+
+    for _, folder in finished.values():
+        for file in ("result.json", "args.json"):
+            json.loads((folder / file).read_text(), parse_constant=refuse)
+
+
+# ---- launchers
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set, WORLD_SIZE is 2"),
+        ({"RANK": "1"}, "RANK is 1, WORLD_SIZE is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is 2, WORLD_SIZE is 2"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK is x"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is -1"),
+    ],
+)
+def test_a_launcher_that_says_half_is_refused_in_one_line(tmp_path, monkeypatch, given, words):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    stdout = sys.stdout
+    with pytest.raises(cli.UserError, match=words) as error:
+        here(*PROBE, out=tmp_path)
+    assert len(str(error.value).splitlines()) == 1 and "torchrun" in str(error.value)
+    assert sys.stdout is stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, {"RANK": "0"}, {"MASTER_ADDR": "node1"}, {"RANK": ""}])
+def test_a_single_process_needs_no_launcher(monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run.torchrun() == (0, 1, 0)
+
+
+# ---- the command line
+
+
+def command_line(monkeypatch, module, *options):
+    module = importlib.import_module(module)
+    monkeypatch.setattr(sys, "argv", ["x.py", *options])
+    return cli.command_line(module.Args, module.__doc__)
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = command_line(monkeypatch, "pare", "--data-dir=~/d", "--out-dir=~", "--backbone=~/b")
+    assert (args.data_dir, args.out_dir, args.backbone) == (f"{tmp_path}/d", str(tmp_path), f"{tmp_path}/b")
+    assert command_line(monkeypatch, "data", "--data-dir=~/d").data_dir == f"{tmp_path}/d"
+    assert command_line(monkeypatch, "pare", "--data-dir=a~b").data_dir == "a~b"
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "-1"])
+def test_a_rate_must_be_positive_and_finite(monkeypatch, capsys, value):
+    with pytest.raises(SystemExit) as stop:
+        command_line(monkeypatch, "pare", "--lr", value)
+    assert stop.value.code == 2 and "must be positive" in capsys.readouterr().err
+
+
+def test_help_and_the_table_of_tasks_in_an_ascii_terminal():
+    """All scripts in one process, whose stdout and stderr can print ASCII only."""
+    scripts = [*(f"{m}.py" for m in METHODS), "data.py", *(f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py"))]
+    scripts = [script for script in scripts if "__main__" in (ROOT / script).read_text()]
+    assert {"tools/bench.py", "tools/pretrain.py", "tools/figures.py", "tools/reproduce.py"} < set(scripts)
+    code = f"""import runpy, sys
+for script in {scripts}:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, (script, stop.code)
+    print("helped", script)
+sys.argv = ["data.py"]
+runpy.run_path("data.py", run_name="__main__")
+"""
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode("ascii")
+    assert out.count("helped") == len(scripts) and "--data-dir" in out and "spherical" in out
