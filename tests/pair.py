@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/pair.py FOLDER       or without torchrun, in one process
 
-FOLDER/commands.json lists the commands. Each run is copied as it stands after its first epoch, to FOLDER/NAME.1.
+FOLDER/commands.json lists the commands. Each run is copied as it stands after its first epoch, to NAME.1 beside it.
 """
 
 import json
@@ -79,13 +79,16 @@ def copy_after_first_epoch(end_epoch):
 
 
 def main(folder):
+    run.Run.end_epoch = copy_after_first_epoch(run.Run.end_epoch)
+    commands = json.loads((folder / "commands.json").read_text())
+    port = int(os.environ.get("MASTER_PORT", 0))
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
         torch.save([shared_sums(), meta_gradients(), alignments()], folder / f"{os.environ['RANK']}.pt")
         torch.distributed.destroy_process_group()
-    run.Run.end_epoch = copy_after_first_epoch(run.Run.end_epoch)
-    for i, (script, *options) in enumerate(json.loads((folder / "commands.json").read_text())):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i + 1)  # processes that meet again need another name for it
+    for i, (script, *options) in enumerate(commands):
+        # processes that meet again need another place for it than torchrun's own
+        os.environ |= {"MASTER_PORT": str(port + 1 + i), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         sys.argv = [script, *options]
         runpy.run_path(str(ROOT / script), run_name="__main__")
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,7 +201,10 @@ def two(tmp_path_factory):
     commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP], "epochs": ["pare.py", *FEW]}
     commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
     (out / "commands.json").write_text(json.dumps(commands))
-    ended(torchrun(ROOT / "tests/pair.py", out, nproc_per_node=2, master_port=29511))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ended(torchrun(ROOT / "tests/pair.py", out, nproc_per_node=2, master_port=port))
     return out
 
 
