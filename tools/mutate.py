@@ -1,7 +1,7 @@
 """Are the tests able to fail? Break the code in one place at a time, and run the tests that should notice.
 
     python tools/mutate.py              every mutation: a line for each, exit code 1 if one survives
-    python tools/mutate.py --only mona  those whose file or description contains a word
+    python tools/mutate.py --only mona  those whose file and description match a regular expression
 
 Each mutation replaces one text, which must occur exactly once in its file, and names its tests by function; the file of a test
 is looked up. A process imports the libraries once and forks a child for every mutation, in a copy of the project, so that a
@@ -325,7 +325,7 @@ MUTATIONS = {
 @dataclass(frozen=True)
 class Args:
     only: str = ""
-    """mutations whose file or description contains this"""
+    """a regular expression for the file and description of a mutation"""
     jobs: int = 2
     """processes at a time"""
 
@@ -362,7 +362,7 @@ def import_libraries():
     gc.freeze()  # a child's garbage collection need not look at all this
 
 
-def jobs_of(word):
+def jobs_of(pattern):
     """The jobs: first the tests on the code as it is, file by file, then a job for each mutation."""
     files = {}  # test function -> the files that define it
     for path in sorted((ROOT / "tests").glob("test_*.py")):
@@ -373,7 +373,7 @@ def jobs_of(word):
         source = (ROOT / file).read_text()
         for what, old, new, tests in rows:
             name = f"{file}: {what}"
-            if word not in name:
+            if not re.search(pattern, name):
                 continue
             nodes = []
             for test in tests.split():
