@@ -172,12 +172,13 @@ def test_which_predictor_a_task_gets(roberta):
         common.make_predictor((1, 1000), "field", roberta, embedder)
 
 
-def test_fields_are_not_rounded_by_autocast():
+def test_fields_and_logits_are_not_rounded_by_autocast():
     """bf16 keeps 8 bits: 2e-3 of a field would be lost, whatever is learned."""
     torch.manual_seed(0)
     parts = [
         (common.DensePredictor1d(8, (1, 32), 4), torch.randn(2, 8, 8)),
         (common.DensePredictor2d(8, (16, 16), 8), torch.randn(2, 4, 8)),
+        (common.ClassPredictor(8, 5), torch.randn(2, 4, 8)),
         (common.Embedder1d(1, 32, 8), torch.randn(2, 1, 32)), (common.Embedder2d(3, 8, 16), torch.randn(2, 3, 16, 16)),
     ]  # fmt: skip
     for module, x in parts:

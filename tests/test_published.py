@@ -44,7 +44,8 @@ def test_a_first_stage_has_the_published_rate_of_one_batch():
     for name, lr, decay in (("cifar100", 1e-4, 1e-3), ("ecg", 1e-6, 0.1), ("psicov", 5e-6, 1e-5)):  # hyperparameters.csv
         args = data.complete(orca.Args(task=name, scale="full"), "orca", "full")
         assert data.of_one_batch(args) == pytest.approx((lr, decay))
-        assert data.of_one_batch(dataclasses.replace(args, lr=0.3))[0] == 0.3  # a rate of one's own is left alone
+        twice = data.of_one_batch(dataclasses.replace(args, lr=2 * args.lr))  # a given rate is converted in the same way
+        assert twice == pytest.approx((2 * lr, decay))
 
 
 def test_a_shorter_run_has_the_same_learning_rate_curve_squeezed():

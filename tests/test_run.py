@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import METHODS, NOISE, ROOT, SHORT, here, result, rows, weights
@@ -20,7 +22,9 @@ import cli
 import common
 import data
 import mona
+import run
 from run import Run, make_optimizer, make_schedule, mean_loss, write
+from tasks import images, text
 
 # ---- optimizer and schedule
 
@@ -39,6 +43,48 @@ def test_schedule_is_linear_up_then_linear_down_in_optimizer_steps():
         schedule.step()
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[30] == pytest.approx(0.5) and rates[49] == pytest.approx(1 / 40) and rates[50:] == [0.0] * 10
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.25, 2.5, 51.67 / 20])
+def test_the_rate_never_exceeds_its_peak(warmup):
+    args = SimpleNamespace(warmup_epochs=warmup, decay_epochs=10)
+    schedule = make_schedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), args, steps=1)
+    factors = [schedule.lr_lambdas[0](t) for t in range(12)]
+    assert max(factors) <= 1 and max(factors) > 0.8 and factors[10:] == [0, 0]
+
+
+# ---- random streams
+
+
+def test_streams_of_other_names_or_numbers_are_others():
+    names = ("initial weights", "epoch", "batches of cifar10")
+    numbers = [n for k in (1, 2, 3) for n in product((0, 1, 2**32), repeat=k)]
+    seeds = [cli.stream(name, *n) for name in names for n in numbers]
+    assert len(set(seeds)) == len(seeds) == 3 * (3 + 9 + 27)  # numpy alone takes (0,), (0, 0) and (0, 0, 0) for one
+    first = [np.random.default_rng(seed).integers(2**62) for seed in seeds]
+    assert len(set(first)) == len(first)
+
+
+@pytest.mark.parametrize("method", ["orca", "mona", "pare"])
+def test_no_two_uses_in_a_run_draw_the_same_numbers(tmp_path, monkeypatch, method):
+    sites, seeds, original = {}, {}, cli.stream
+
+    def spy(name, *numbers):
+        caller = sys._getframe(1)
+        seed = original(name, *numbers)
+        sites.setdefault((name, numbers), set()).add((caller.f_code.co_filename, caller.f_lineno))
+        seeds.setdefault(seed, set()).add((name, numbers))
+        return seed
+
+    for module in (cli, data, run, images, text):
+        monkeypatch.setattr(module, "stream", spy)
+    here(f"{method}.py", *SHORT[:-1], 2, out=tmp_path)
+    assert all(len(uses) == 1 for uses in (*sites.values(), *seeds.values()))
+    names = {name for name, _ in sites}
+    assert {"initial weights", "epoch", "validation split", "batches of spherical"} <= names
+    assert ("alignment" in names) == (method == "orca")
+    stages = {numbers[2] for name, numbers in sites if name == "batches of spherical"}
+    assert stages == ({1, 2} if method == "mona" else {2})  # the two stages of MoNA see other batches
 
 
 # ---- files

@@ -25,6 +25,26 @@ def test_field_losses_by_hand():
     assert data.TASKS["burgers1d"].score(out.numpy(), y.numpy()) == pytest.approx(1.1)  # trained on RMSE, scored by nRMSE
 
 
+def test_the_loss_of_a_batch_is_the_mean_of_its_micro_batches():
+    """Gradient accumulation and several processes average; a denominator that depends on the samples would change the loss."""
+    generator = torch.Generator().manual_seed(0)
+    out, y = torch.randn(8, 3, generator=generator), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    mask = torch.rand(8, 4, 4, generator=generator).round()
+    mask[:3] = float("nan")
+    mask[0, 0, 0] = 1
+    cases = [
+        (lambda o, t: scores.cross_entropy(o, t, (3.0, 1.0, 0.3)), out, y),
+        (scores.mask_loss, torch.randn(8, 4, 4, generator=generator), mask),
+        (lambda o, t: scores.presence(o, t, 10.0), out, torch.nn.functional.one_hot(y).float()),
+        (scores.rmse, out, out.roll(1, 0)),
+    ]
+    for loss, o, t in cases:
+        parts = torch.stack([loss(o[i : i + 2], t[i : i + 2]) for i in range(0, 8, 2)])
+        assert float(parts.mean()) == pytest.approx(float(loss(o, t)), rel=1e-5)
+    weighted = sum(w * -torch.log_softmax(out[i], 0)[k] for i, (k, w) in enumerate((int(k), (3.0, 1.0, 0.3)[k]) for k in y)) / 8
+    assert float(scores.cross_entropy(out, y, (3.0, 1.0, 0.3))) == pytest.approx(float(weighted))
+
+
 def test_binary_losses_by_hand():
     out, y = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])
     expected = (10 * math.log(2) + math.log(1 + math.exp(2))) / 2
