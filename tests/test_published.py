@@ -44,7 +44,7 @@ def test_a_first_stage_has_the_published_rate_of_one_batch():
     for name, lr, decay in (("cifar100", 1e-4, 1e-3), ("ecg", 1e-6, 0.1), ("psicov", 5e-6, 1e-5)):  # hyperparameters.csv
         args = data.complete(orca.Args(task=name, scale="full"), "orca", "full")
         assert data.of_one_batch(args) == pytest.approx((lr, decay))
-        assert data.of_one_batch(dataclasses.replace(args, lr=0.3))[0] == 0.3  # a rate of one's own is left alone
+        assert data.of_one_batch(dataclasses.replace(args, lr=3 * args.lr))[0] == pytest.approx(3 * lr)  # one's own alike
 
 
 def test_a_shorter_run_has_the_same_learning_rate_curve_squeezed():
