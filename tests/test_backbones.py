@@ -75,7 +75,7 @@ def test_a_hub_out_of_reach_costs_two_lines(name, capsys):
     with pytest.raises(SystemExit) as end:
         cli.guarded(common.load_source, name)
     complained = capsys.readouterr().err
-    assert end.value.code == 2 and "cannot be had" in complained and len(complained.splitlines()) == 2, complained
+    assert end.value.code == 2 and "cannot be loaded" in complained and len(complained.splitlines()) == 2, complained
 
 
 def test_torch_and_torchvision_that_do_not_fit_cost_two_lines(monkeypatch):
@@ -87,7 +87,7 @@ def test_torch_and_torchvision_that_do_not_fit_cost_two_lines(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", broken)
-    with pytest.raises(cli.UserError, match="do not fit together") as error:
+    with pytest.raises(cli.UserError, match="do not match") as error:
         backbones.import_timm()
     assert len(str(error.value).splitlines()) == 2
 
@@ -203,7 +203,7 @@ def test_mistaken_text_backbones_are_named(tmp_path, monkeypatch):
     with pytest.raises(cli.UserError, match="without its tokenizer"):
         common.load_source(str(tmp_path / "bert")).tokenizer(["a"])
     (tmp_path / "bert/model.safetensors").write_bytes(b"broken")
-    with pytest.raises(cli.UserError, match="cannot be had"):
+    with pytest.raises(cli.UserError, match="cannot be loaded"):
         common.load_source(str(tmp_path / "bert"))
 
 

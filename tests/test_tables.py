@@ -55,7 +55,7 @@ def test_rare_classes_weigh_more(tmp_path):
     task = full("openml37", tmp_path).task
     out, y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), torch.tensor([0, 1, 1])
     minus_log = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-2)), math.log(2)]
-    expected = (4 / 3 * minus_log[0] + 4 * minus_log[1] + 4 * minus_log[2]) / (4 / 3 + 8)
+    expected = (2 / 3 * minus_log[0] + 2 * minus_log[1] + 2 * minus_log[2]) / 3  # weights 1 / 2 / share, of mean 1
     assert float(task.loss(out, y)) == pytest.approx(expected, rel=1e-5)
 
 
