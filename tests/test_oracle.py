@@ -292,8 +292,10 @@ def test_psicov():
     same_scores("psicov, some below 0.01", out - 4, y, loss, score)
     same_scores("psicov, not symmetric", o[None], y, loss)
     y = np.full((1, 512, 512), np.nextafter(np.float32(8), np.float32(9)))  # officially "at most 8 Angstrom"
-    y[0, 0, 24] = 8
-    near(score(np.full_like(y, 6.5), y), 1.5, 1e-6)
+    y[0, 0, 24] = 8  # the one pair that is scored
+    out = np.zeros_like(y)
+    out[0, 0, 24] = out[0, 24, 0] = 6.5
+    near(score(out, y), 1.5, 1e-6)
 
 
 PDE = {
