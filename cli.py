@@ -86,9 +86,10 @@ class Args:
 def stream(name, *numbers):
     """The seed of a random stream of its own: the name says what is drawn, the numbers (seed, epoch, process...) which time.
 
-    The name and the count of the numbers are part of it, since SeedSequence pads with zeros: [s], [s, 0] and [s, 0, 0] are one.
+    Name, count and two words of 32 bits for each number: SeedSequence alone takes [s], [s, 0] and [s, 0, 0] for the same.
     """
-    entropy = [zlib.crc32(name.encode()), len(numbers), *numbers]
+    words = [word for number in numbers for word in (number % 2**32, number >> 32)]
+    entropy = [zlib.crc32(name.encode()), len(numbers), *words]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
