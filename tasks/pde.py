@@ -19,6 +19,7 @@ Shapes: B samples, n cells per row, m wave numbers. Each solver is tested agains
 """
 
 import math
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -549,7 +550,8 @@ class Args:
 
 def main(args):
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("pde.py: no GPU is available. Omit --device cuda.")
+        print("pde.py: no GPU is available. Omit --device cuda.", file=sys.stderr)
+        raise SystemExit(2)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"Solved on {where}, torch {torch.__version__}\n")
     print("| task | cells | solutions | seconds | full set | seconds for it |\n|---|---|---|---|---|---|")

@@ -687,6 +687,8 @@ COMMANDS = {"step": steps, "curve": curve, "data": loading, "topk": topk, "dista
 def main(args):
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # early enough: imports do not initialise CUDA. Child processes inherit it
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise cli.UserError("--device cuda: no GPU is available.\nOmit --device.")
     COMMANDS[args.what](args)
 
 
