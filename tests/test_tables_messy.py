@@ -126,6 +126,14 @@ def test_rows_without_a_label_are_left_out(tmp_path, capsys, target):
     assert "left out 6 of 60 rows, which have no label" in capsys.readouterr().out
 
 
+def test_classes_may_be_negative_numbers_and_an_infinite_one_is_no_label(tmp_path, capsys):
+    rows = [[i, [-1, 1, -2][i % 3]] for i in range(60)]
+    write(tmp_path, {"a": "REAL", "class": "REAL"}, [*rows, [60, "inf"]])
+    (_, y), (_, y_test), _, changes = read(tmp_path)
+    assert changes["output"] == (3,) and list(np.bincount(np.concatenate([y, y_test]))) == [20] * 3
+    assert "left out 1 of 61 rows, which have no label" in capsys.readouterr().out
+
+
 def test_classes_may_be_called_none_nan_or_a_question_mark(tmp_path, capsys):
     names = ["None", "nan", "'?'", "''"]
     write(tmp_path, {"a": "REAL", "class": names}, [[i, names[i % 4]] for i in range(80)])
