@@ -725,8 +725,11 @@ def test_the_class_predictor_answers_in_fp32_under_autocast():
     assert out.dtype == torch.float32 and torch.equal(out, predictor(features.bfloat16().float()))
 
 
+NUMBERS = [(), (0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (2**32,), (2**32 + 1, 0)]
+
+
 def test_streams_differ_by_name_and_by_every_number():
-    streams = [cli.stream(name, *numbers) for name in ("a", "b") for numbers in ((0,), (0, 0), (0, 0, 0), (0, 1), (1, 0))]
+    streams = [cli.stream(name, *numbers) for name in ("a", "b") for numbers in NUMBERS]
     assert len(set(streams)) == len(streams) and all(0 <= s < 2**63 for s in streams)
     assert cli.stream("a", 1, 2) == cli.stream("a", 1, 2)
 
