@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import Missing, UserError
-from tasks.files import check_shape, kept, kept_of_file, locate, of_files, read_npy, reading, unpickle, unpickle_entries
+from tasks.files import check_shape, kept, kept_of_file, locate, of_files, read_npy, read_text, reading, unpickle, unpickle_entries
 from tasks.scores import relative_l2, score_of
 
 
@@ -109,7 +109,7 @@ def read_psicov(data_dir, cache):
     splits = []
     for name in ("deepcov", "psicov"):
         path = locate(data_dir, f"{name}.lst")
-        proteins, folder = path.read_text().split(), path.parent / name
+        proteins, folder = read_text(path).split(), path.parent / name
         x, y = [folder / "features" / f"{p}.pkl" for p in proteins], [folder / "distance" / f"{p}-cb.npy" for p in proteins]
         if missing := [p for p in x + y if not p.exists()]:
             raise Missing(f"no {missing[0]} ({len(missing)} of the files that {path} names).")
