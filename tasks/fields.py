@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from cli import Missing, UserError
-from tasks.files import check_shape, kept, kept_of_file, locate, of_files, read_npy, read_text, reading, unpickle, unpickle_entries
+from tasks.files import (
+    check_shape,
+    kept,
+    kept_of_file,
+    locate,
+    of_files,
+    read_npy,
+    read_text,
+    reading,
+    unpickle,
+    unpickle_entries,
+)  # fmt: skip
 from tasks.scores import relative_l2, score_of
 
 
