@@ -345,7 +345,6 @@ class Run:
         """Exchange gradients between processes only on the micro-batch that an optimizer step follows."""
         return contextlib.nullcontext() if self.world == 1 or step_follows else module.no_sync()
 
-    @torch.compiler.set_stance("force_eager")  # its last batch is smaller: not worth compiling again
     @torch.no_grad()
     def evaluate(self, model, split, task):
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples.
@@ -353,10 +352,12 @@ class Run:
         NaN if a prediction is not finite: the largest of NaN scores would still be some class.
         """
         model.eval()
+        # the last batch is smaller: not worth compiling again. Importing the compiler takes seconds, so only if it is used
+        eager = torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
         out, y = [], []
         chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
         for index in torch.arange(len(split), device=self.device)[self.rank :: self.world].split(chunk):
-            with self.autocast():
+            with self.autocast(), eager:
                 out.append(model(split.inputs(index)).float().cpu())
             y.append(split.targets(index).cpu())
         out, y = torch.cat(out).numpy(), torch.cat(y).numpy()
