@@ -339,7 +339,7 @@ def fetch_swin(short, wanted, pretrained):
         swin = timm.create_model(f"local-dir:{short}" if folder else wanted)
         check_swin(short, swin)
         if pretrained:
-            # where names or classes differ, timm leaves weights random and goes on: check what it is about to load
+            # where names or classes differ, timm leaves weights random without an error: check what it is about to load
             check = swin.register_load_state_dict_pre_hook(lambda model, weights, *_: compare_weights(short, model, weights))
             timm.models.load_pretrained(swin, num_classes=swin.num_classes, filter_fn=convert_swin, strict=False)
             check.remove()

@@ -278,7 +278,7 @@ def load_source(name, pretrained=True):
         name: for 2D tasks "tiny-swin", "swin_base", "swin_tiny", any timm Swin, a folder saved by timm (config.json,
             model.safetensors). For 1D tasks "tiny-roberta", "roberta_base", a Hugging Face id ("owner/name") of a BERT-like
             model, a folder saved by transformers. For both a .safetensors file of tools/pretrain.py. "random:NAME" is NAME
-            with random weights, for measuring speed where no weights can be had.
+            with random weights, for measuring speed where no weights are available.
         pretrained: False builds the same network with random weights.
     Raises: UserError for a name nobody knows, a damaged file, a model that cannot be cut, a hub that does not answer.
     """

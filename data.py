@@ -50,7 +50,7 @@ class Task:
     output: tuple[int, ...]  # of a prediction: (K,), (H, W) or (C, L)
     read: Callable  # (data_dir, cache) -> (x, y) train, (x, y) test, kind of data, and what of the task the files change
     toy: Callable | None  # (n, seed) -> x, y; None: there is no need, the task can be simulated
-    downloads: tuple[tuple[str, ...], ...]  # keys of DOWNLOADS: all of these, of each the first that can be had
+    downloads: tuple[tuple[str, ...], ...]  # keys of DOWNLOADS: all of these, of each the first that is available
     recipes: dict[str, Recipe] = dataclasses.field(repr=False)  # method -> published settings, full scale
     loss: Callable = scores.cross_entropy  # (out, y) of a batch -> scalar
     score: Callable = scores.zero_one  # (out, y) of all samples, numpy -> error, lower is better
@@ -423,7 +423,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
         read = (as_released and task.read_released) or task.read
         train, test, kind, *changes = read(data_dir, cache)
     except Missing as missing:
-        advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` fetches the files."
+        advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` downloads the files."
         advice = advice if task.downloads or task.name.startswith("openml") else "Put it there."  # a task of one's own
         if task.simulate:
             print(f"SIMULATED: {missing}\n           The equation is solved here instead.")
@@ -483,7 +483,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
         x, y, *count = proxy.read(data_dir, n, seed)
         kind, classes = "official", None if proxy.target == "field" else [*proxy.output, *count][-1]
     except Missing as missing:
-        advice = f"`python data.py --prepare {name} --data-dir {data_dir}` fetches the files."
+        advice = f"`python data.py --prepare {name} --data-dir {data_dir}` downloads the files."
         if scale != "tiny":
             raise Missing(f"source {name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated data take the place of {name}; {advice}")
@@ -533,15 +533,15 @@ def size(shape):
 @dataclass(frozen=True)
 class Args:
     prepare: str | None = None
-    """fetch what this task and its sources (or this source) need"""
+    """download what this task and its sources (or this source) need"""
     data_dir: str = "datasets"
-    """where the official files lie, or go"""
+    """where the official files are, or are downloaded to"""
 
 
 def prepare(name, data_dir):
-    """Fetch the files of a task and of its sources, or of one source.
+    """Download the files of a task and of its sources, or of one source.
 
-    Raises UserError if they cannot be had; not for a task that can be simulated, which then says so.
+    Raises UserError if a download fails; not for a task that can be simulated, which then says so.
     """
     if name in PROXIES:
         wanted = [(PROXIES[name].download,)]
@@ -559,7 +559,7 @@ def prepare(name, data_dir):
         for key in keys:
             try:
                 fetch(DOWNLOADS[key], data_dir)
-                print(f"{key}: fetched")
+                print(f"{key}: downloaded")
                 break
             except UserError as error:
                 if key == keys[-1]:
@@ -579,7 +579,7 @@ def prepare(name, data_dir):
     elif failed:
         for key, error in failed.items():
             print(f"{key}: {error}")
-        raise UserError(f"{', '.join(failed)} could not be fetched; above is where each can be had and where it goes.")
+        raise UserError(f"{', '.join(failed)} could not be downloaded; see above where each is available and where it goes.")
 
 
 def print_tasks(data_dir):
@@ -600,7 +600,7 @@ def print_tasks(data_dir):
         here = "present" if present(DOWNLOADS[proxy.download], data_dir) else "missing"
         what = f"{proxy.output[0]} classes" if proxy.target == "class" else f"masks {size(proxy.output)}"
         print(f"source {proxy.name}: {size(proxy.shape)}{' words' * (proxy.modality == '1d')}, {what}, {here}")
-    print(f"\n`python data.py --prepare NAME --data-dir {data_dir}` fetches what is missing.")
+    print(f"\n`python data.py --prepare NAME --data-dir {data_dir}` downloads what is missing.")
 
 
 def main(args):

@@ -43,7 +43,7 @@ class Args(cli.Args):
     """The options of PaRe; those that all methods share are in cli.Args."""
 
     k_begin: float | None = None
-    """k0 as a share of the N target tokens; 0.64 is the official 2000 of 3136. Less if pictures are far from the target"""
+    """k0 as a share of the N target tokens; 0.64 is the official 2000 of 3136. Try less if images are far from the target"""
     k_end: float | None = None
     """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
     ratio: Literal["k/k0", "k/N"] | None = None

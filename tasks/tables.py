@@ -178,7 +178,7 @@ def read_arff(lines):
         cells = (zip(row, text, strict=True) for row in content["data"])
         numbers = (np.nan if skip or cell is None else cell for cell, skip in itertools.chain.from_iterable(cells))
         values = np.fromiter(numbers, np.float64)  # (n F,)
-    except _arff.ArffException as error:  # its own text cannot be had if the line contains a %
+    except _arff.ArffException as error:  # its own message fails if the line contains a %
         raise ValueError((error.message or "").replace("%d", str(at), 1)) from error
     return values.reshape(-1, len(kinds)), kinds
 

@@ -167,7 +167,7 @@ def test_prepare_falls_back_to_cifar100_and_unpacks_it(tmp_path, server, monkeyp
 def test_prepare_says_what_to_fetch_by_hand(tmp_path, monkeypatch, capsys):
     for key, download in files.DOWNLOADS.items():
         monkeypatch.setitem(files.DOWNLOADS, key, data.replace(download, url="http://127.0.0.1:9/x"))
-    with pytest.raises(cli.UserError, match="^deepsea, conll2003 could not be fetched"):
+    with pytest.raises(cli.UserError, match="^deepsea, conll2003 could not be downloaded"):
         data.prepare("deepsea", tmp_path)
     by_hand = r"deepsea: http.* cannot be reached .*\n.*by hand \(.*Google Drive.*\): .*/deepsea_filtered.npz, 860 MB."
     assert re.search(by_hand, capsys.readouterr().out)
