@@ -43,7 +43,8 @@ MEANS = {"cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
          "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))}  # fmt: skip
 LOOP = ["--task", "cifar100", "--scale", "tiny", "--n-train", 31, "--batch-size", 8, "--accumulate", 2, "--epochs", 2,
         "--optimizer", "sgd", "--momentum", 0.8, "--weight-decay", 0.02, "--dropout", 0.2]  # fmt: skip
-SETTING = ["--lr", 0.1, "--clip", 1.4, "--warmup-epochs", 0.75, "--decay-epochs", 2.5]
+RATE = ["--lr", 0.1, "--warmup-epochs", 0.75, "--decay-epochs", 2.5]
+SETTING = [*RATE, "--clip", 1.4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,8 +264,10 @@ def check(seen, done):
     assert sum(distance > 1e-2 for distance in moved.values()) > len(moved) / 3
     assert [row["loss"] for row in seen.rows] == pytest.approx(done.losses, rel=1e-4)
     assert [row["lr"] for row in seen.rows] == pytest.approx(done.rates)
-    # a short window whose step is longer without clipping, and would be shorter if its gradient were halved
+    # a short window whose step is longer without clipping, and would be shorter if its gradient were halved;
+    # a whole window that is not clipped: the step along the sum of its gradients would be longer
     assert any(1.05 * seen.args.clip < norm < 1.9 * seen.args.clip for norm in done.norms[1::2]), done.norms
+    assert any(norm < 0.95 * seen.args.clip for norm in done.norms[0::2]), done.norms
     states = [state for _, _, state in seen.plans[id(seen.train)]]
     assert not torch.equal(states[-1], states[-2])  # each epoch draws its own numbers
     orders = [order for order, _, _ in seen.plans[id(seen.train)]]
@@ -305,14 +308,14 @@ def check_options(seen):
 
 @pytest.fixture(scope="module")
 def pare_run(backbone, tmp_path_factory):
-    options = ["--init", "random", "--k-begin", 0.5, "--mix-weight", 0.3, "--temperature", 0.2]
-    return recorded("pare", backbone, tmp_path_factory.mktemp("pare"), *SETTING, *options)
+    options = ["--clip", 1.6, "--init", "random", "--k-begin", 0.5, "--mix-weight", 0.3, "--temperature", 0.2]
+    return recorded("pare", backbone, tmp_path_factory.mktemp("pare"), *RATE, *options)
 
 
 @pytest.fixture(scope="module")
 def pare_released_run(backbone, tmp_path_factory):
-    options = ["--as-released", "--k-begin", 0.5, "--k-end", 0.25, "--mix-weight", 0.7]
-    return recorded("pare", backbone, tmp_path_factory.mktemp("pare"), *SETTING, *options)
+    options = ["--clip", 2.2, "--as-released", "--k-begin", 0.5, "--k-end", 0.25, "--mix-weight", 0.7]
+    return recorded("pare", backbone, tmp_path_factory.mktemp("pare"), *RATE, *options)
 
 
 def relaxed(scores, k, temperature):
