@@ -440,7 +440,8 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     task = replace(task, **changes[0]) if changes else task
     train, test = ([numbers(f"{task.name}, {name}", part) for part in (x, y)]
                    for name, (x, y) in (("training set", train), ("test set", test)))  # fmt: skip
-    classes = count_classes(task.target, train[1]) if kind == "toy" else None if task.target == "field" else task.output[0]
+    toy_classes = [count_classes(task.target, y) for _, y in (train, test)] if kind == "toy" else []  # of what is drawn
+    classes = None if task.target == "field" else max(toy_classes, default=task.output[0])
     order = np.random.default_rng(stream("validation split", seed)).permutation(len(train[0]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
     n_val = max(1, n_train // 9)

@@ -163,7 +163,7 @@ def test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder(tmp_path):
     reference.predictor.requires_grad_(False)
     optimizer = torch.optim.AdamW(reference.embedder.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.05)
     for epoch in range(2):
-        for x, y in loaded.train.batches(3, 32, 0, epoch):
+        for x, y in loaded.train.batches(3, 32, 0, epoch, stage=1):
             optimizer.zero_grad()
             F.cross_entropy(reference(x), y).backward()
             torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)

@@ -63,7 +63,7 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
     assert (folder / "stage1.safetensors").read_bytes() == stage1
     (folder / "stage1.safetensors").write_bytes(stage1[:1000])
     (folder / "result.json").unlink()
-    assert "is no first stage of this run" in script("orca.py", *options, "--resume", out=tmp_path, code=2)
+    assert "stage1.safetensors is empty or cut short" in script("orca.py", *options, "--resume", out=tmp_path, code=2)
 
 
 def test_without_embedder_epochs_orca_is_naive_fine_tuning(script, tmp_path):
