@@ -29,9 +29,13 @@ from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
 from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present
 from tasks.published import RECIPES, TINY, Recipe
+from tasks.signals import read_wav
+from tasks.tables import read_openml
 
-__all__ = ["PROXIES", "TASKS", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy", "locate",
-           "toy_signals"]  # what a task of one's own needs is here, too: README, "Your own data"
+# What a task of one's own needs is here, too, so that it takes one import (README, "Your own data"): the command line, files
+# found and read, a toy.
+__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy",
+           "locate", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
 toy_signals = toys.signals
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def openml_task(number):
     """The OpenML table with this number; its shape and classes come with its files."""
     recipes, tokens = published.openml(number)
     return Task(
-        f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(tables.read_openml, number=number),
+        f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(read_openml, number=number),
         toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens,
     )  # fmt: skip
 
