@@ -159,7 +159,7 @@ def fetch(download, data_dir):
                 raise
             raise UserError(
                 f"{download.url} cannot be reached ({error}).\n"
-                f"Try again later, or download it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+                f"Repeat the command later, or download it by hand{by_hand}: {path}, {download.megabytes:,} MB."
             ) from error
         if part.stat().st_size < total:
             raise UserError(
