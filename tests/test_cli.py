@@ -19,7 +19,7 @@ import cli
         (["--k-begin", "41"], "must lie between 0 and 1"),
         (["--backbone", "swin_bse"], "no model is called"),
         (["--scale", "full", "--backbone", "tiny-swin"], "python data.py --prepare spherical"),
-        (["--lr", "1e30", "--clip", "0", "--n-train", "320"], "lower --lr"),
+        (["--lr", "1e30", "--clip", "0", "--n-train", "96"], "lower --lr"),
     ],
 )
 def test_a_mistake_costs_two_lines_and_exit_code_2(script, tmp_path, options, words):

@@ -15,7 +15,7 @@ LARGE = ("psicov", "deepsea", "fsd50k")
 
 @pytest.fixture(autouse=True)
 def few_to_test_on(monkeypatch):
-    monkeypatch.setattr(data, "TOY_TEST", 100)
+    monkeypatch.setattr(data, "TOY_TEST", 30)
 
 
 def run(method, task, tmp_path):
@@ -26,13 +26,13 @@ def run(method, task, tmp_path):
     if method == "mona":
         options |= dict(meta_epochs=1)
     module.main(
-        module.Args(task=task, scale="tiny", data_dir=str(tmp_path / "none"), out_dir=str(tmp_path), epochs=4, **options)
+        module.Args(task=task, scale="tiny", data_dir=str(tmp_path / "none"), out_dir=str(tmp_path), epochs=3, **options)
     )
     (folder,) = [path.parent for path in tmp_path.glob("*/result.json")]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 4 and min(losses[1:]) < losses[0]
+    assert len(losses) == 3 and min(losses[1:]) < losses[0]
     assert all(math.isfinite(value) for row in rows for value in row.values()) and math.isfinite(result["test"])
     first_stage = [row for row in rows if "stage" in row]
     assert len(first_stage) == {"orca": 3, "mona": 1}.get(method, 0)

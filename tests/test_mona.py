@@ -22,7 +22,7 @@ def directions(vectors, copies):
 
 
 def test_the_losses_have_the_values_of_known_configurations():
-    copies = 400
+    copies = 100
     share = (copies - 1) / (10 * copies - 1)  # of the pairs, those of one class
     same = torch.ones(20, 3, dtype=torch.float64) / 3**0.5
     assert mona.alignment(same, torch.arange(20) % 4).item() == pytest.approx(0, abs=1e-9)
@@ -143,7 +143,7 @@ def stage_1(tmp_path, **options):
     torch.manual_seed(0)
     source = common.load_source("tiny-swin")
     args = data.complete(mona.Args(scale="tiny", backbone="tiny-swin", meta_epochs=2, **options), "mona", "tiny")
-    loaded = data.load("spherical", tmp_path, tmp_path, "tiny", 96)
+    loaded = data.load("spherical", tmp_path, tmp_path, "tiny", 64)
     source_set = data.load_proxy("cifar10", tmp_path, "tiny", 96)
     embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 9))
@@ -163,7 +163,7 @@ def test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder(tmp_path):
     reference.predictor.requires_grad_(False)
     optimizer = torch.optim.AdamW(reference.embedder.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.05)
     for epoch in range(2):
-        for x, y in loaded.train.batches(3, 32, 0, epoch, stage=1):
+        for x, y in loaded.train.batches(2, 32, 0, epoch, stage=1):
             optimizer.zero_grad()
             F.cross_entropy(reference(x), y).backward()
             torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -202,7 +202,7 @@ def test_a_compiled_encoder_has_no_exact_gradient_and_says_so(script, tmp_path):
 
 
 def test_mona_as_a_user_runs_it(script, tmp_path):
-    options = [*SHORT[:-1], 2, "--meta-epochs", 2, "--lambda", 0.5, "--n-train", 128]
+    options = [*SHORT[:-1], 2, "--meta-epochs", 2, "--lambda", 0.5, "--n-train", 96]
     said = script("mona.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-mona-tiny-swin-s0-toy"
     lines = rows(folder)
@@ -218,7 +218,7 @@ def test_mona_as_a_user_runs_it(script, tmp_path):
 
 
 def test_without_meta_epochs_mona_is_naive_fine_tuning(script, tmp_path):
-    options = [*SHORT[:-1], 1, "--n-train", 128]
+    options = [*SHORT[:-1], 1, "--n-train", 64]
     script("mona.py", *options, "--meta-epochs", 0, out=tmp_path)
     script("finetune.py", *options, "--mode", "naive", out=tmp_path)
     ours, naive = (tmp_path / f"spherical-{name}-tiny-swin-s0-toy" for name in ("mona", "naive"))

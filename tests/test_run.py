@@ -78,7 +78,8 @@ def test_no_two_uses_in_a_run_draw_the_same_numbers(tmp_path, monkeypatch, metho
 
     for module in (cli, data, run, images, text):
         monkeypatch.setattr(module, "stream", spy)
-    here(f"{method}.py", *SHORT[:-1], 2, out=tmp_path)
+    few = ["--n-train", 64, *(["--embedder-epochs", 3] if method == "orca" else [])]
+    here(f"{method}.py", *SHORT[:-1], 2, *few, out=tmp_path)
     assert all(len(uses) == 1 for uses in (*sites.values(), *seeds.values()))
     names = {name for name, _ in sites}
     assert {"initial weights", "epoch", "validation split", "batches of spherical"} <= names
@@ -109,14 +110,14 @@ def test_no_room_on_the_disk_is_said_and_nothing_is_lost(script, tmp_path):
     folder = tmp_path / "spherical-naive-tiny-swin-s0-toy"
     folder.mkdir(parents=True)
     (folder / "last.pt.part").symlink_to("/dev/full")
-    error = script("finetune.py", *SHORT, out=tmp_path, code=2)
+    error = script("finetune.py", *SHORT[:-1], 1, out=tmp_path, code=2)
     assert "no space left" in error and "last.pt" in error and "Traceback" not in error
-    script("finetune.py", *SHORT, "--resume", out=tmp_path)  # the disk has room again
+    script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path)  # the disk has room again
 
 
 def test_neither_git_nor_a_compiler_is_needed(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    script("finetune.py", *SHORT, "--mode", "probe", out=tmp_path)
+    script("finetune.py", *SHORT[:-1], 1, "--mode", "probe", out=tmp_path)
     assert result(tmp_path / "spherical-probe-tiny-swin-s0-toy")["commit"] is None
     assert "needs a C++ compiler" in script("finetune.py", *SHORT, "--compile", out=tmp_path / "compiled", code=2)
 
@@ -167,7 +168,7 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
         loss(model(x), y).backward()
         split = data.Split(x[:3].numpy(), y[:3].numpy(), 10, "toy", data.TASKS["spherical"], "cpu")
         run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.no_grad)
-        run.args = SimpleNamespace(batch_size=4)
+        run.args = SimpleNamespace(batch_size=4, compile=True)
         Run.evaluate(run, model, split, data.TASKS["spherical"])  # another batch size: not compiled
         model.train()
     assert counter.frame_count == 1  # a graph break would make two
@@ -222,7 +223,8 @@ def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path)
 
 # ---- many processes
 
-SGD = "--task spherical --scale tiny --n-train 160 --epochs 1 --optimizer sgd --lr 0.05".split()
+SGD = "--task spherical --scale tiny --n-train 96 --epochs 1 --optimizer sgd --lr 0.05".split()
+FIRST = {"orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1]}  # stages
 FEW = "--task spherical --scale tiny --n-train 96 --epochs 2 --optimizer sgd --lr 0.05".split()
 UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
 WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
@@ -243,7 +245,7 @@ def ended(process):
 def two(tmp_path_factory):
     """A folder with what two processes make of several commands: a folder for each."""
     out = tmp_path_factory.mktemp("two")
-    commands = {method: [f"{method}.py", *SGD, "--clip", 0] for method in METHODS}
+    commands = {method: [f"{method}.py", *SGD, "--clip", 0, *FIRST.get(method, ())] for method in METHODS}
     commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP], "epochs": ["pare.py", *FEW]}
     commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
     (out / "commands.json").write_text(json.dumps(commands))
@@ -268,10 +270,11 @@ def test_both_first_stages_and_their_gradients_are_those_of_one_process(two):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, method):
     name = f"spherical-{'naive' if method == 'finetune' else method}-tiny-swin-s0-toy"
-    here(method, *SGD, "--clip", 0, out=tmp_path / "one")
+    options = [*SGD, "--clip", 0, *FIRST.get(method, ())]
+    here(method, *options, out=tmp_path / "one")
     one, others = weights(tmp_path / "one" / name), {"two": two / method / name}
     if method != "mona":  # a micro-batch is a step of its stage 1
-        here(method, *SGD, "--clip", 0, "--batch-size", 16, "--accumulate", 2, out=tmp_path / "accumulated")
+        here(method, *options, "--batch-size", 16, "--accumulate", 2, out=tmp_path / "accumulated")
         others["accumulated"] = tmp_path / "accumulated" / name
     for way, folder in others.items():
         other = weights(folder)
@@ -332,7 +335,7 @@ def two_nodes():
 
 def test_two_nodes_give_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
-    options = [*FEW, "--meta-epochs", 1]
+    options = [*FEW, "--n-train", 64, "--meta-epochs", 1]
     with two_nodes() as names:
         launch = dict(nnodes=2, nproc_per_node=1, master_addr="10.77.0.1", master_port=29512)
         (tmp_path / "commands.json").write_text(json.dumps([[*map(str, ["mona.py", *options, "--out-dir", tmp_path / "two"])]]))
