@@ -1,11 +1,7 @@
-"""What keeps a run: optimizer and schedule, files, resuming, many processes and machines, a disk without room."""
+"""What keeps a run: optimizer and schedule, random streams, files, resuming, a disk without room."""
 
-import contextlib
 import json
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, NOISE, ROOT, SHORT, here, result, rows, weights
-from pair import alignments, meta_gradients, shared_sums
+from conftest import NOISE, ROOT, SHORT, here, result, rows, weights
 
 import cli
 import common
@@ -219,132 +214,3 @@ def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path)
     assert "is no checkpoint of this run" in error and "spherical-pare" in error
     (folder / "last.pt").write_bytes((uninterrupted[1] / "last.pt").read_bytes()[:5000])
     assert "last.pt is empty or cut short" in script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
-
-
-# ---- many processes
-
-SGD = "--task spherical --scale tiny --n-train 96 --epochs 1 --optimizer sgd --lr 0.05".split()
-FIRST = {"orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1]}  # stages
-FEW = "--task spherical --scale tiny --n-train 96 --epochs 2 --optimizer sgd --lr 0.05".split()
-UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
-WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
-
-
-def torchrun(*command, before=(), **launch):
-    """A command under torchrun, in the background."""
-    torchrun = [*before, sys.executable, "-m", "torch.distributed.run", *(f"--{k}={v}" for k, v in launch.items())]
-    return subprocess.Popen([*torchrun, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def ended(process):
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """A folder with what two processes make of several commands: a folder for each."""
-    out = tmp_path_factory.mktemp("two")
-    commands = {method: [f"{method}.py", *SGD, "--clip", 0, *FIRST.get(method, ())] for method in METHODS}
-    commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP], "epochs": ["pare.py", *FEW]}
-    commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
-    (out / "commands.json").write_text(json.dumps(commands))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ended(torchrun(ROOT / "tests/pair.py", out, nproc_per_node=2, master_port=port))
-    return out
-
-
-def test_both_first_stages_and_their_gradients_are_those_of_one_process(two):
-    alone = [shared_sums(), meta_gradients(), alignments()]
-    for rank in range(2):
-        for ours, one in zip(torch.load(two / f"{rank}.pt"), alone, strict=True):
-            for a, b in zip(ours, one, strict=True):
-                assert torch.allclose(a.detach(), b.detach(), rtol=1e-6, atol=1e-9)
-    everything, slope, curvature = alone[0]  # f = sum w (2 x)^3, f' = 24 w x^2, and of sum w f': 48 w^2 x
-    x, w = torch.arange(7).double(), torch.linspace(1, 2, 7).double()
-    assert torch.equal(everything, 2 * x) and torch.allclose(slope, 24 * w * x**2) and torch.allclose(curvature, 48 * w**2 * x)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, method):
-    name = f"spherical-{'naive' if method == 'finetune' else method}-tiny-swin-s0-toy"
-    options = [*SGD, "--clip", 0, *FIRST.get(method, ())]
-    here(method, *options, out=tmp_path / "one")
-    one, others = weights(tmp_path / "one" / name), {"two": two / method / name}
-    if method != "mona":  # a micro-batch is a step of its stage 1
-        here(method, *options, "--batch-size", 16, "--accumulate", 2, out=tmp_path / "accumulated")
-        others["accumulated"] = tmp_path / "accumulated" / name
-    for way, folder in others.items():
-        other = weights(folder)
-        assert rows(folder)[-1]["val"] == pytest.approx(rows(tmp_path / "one" / name)[-1]["val"], abs=0.01)
-        for key, value in one.items():
-            assert torch.allclose(value, other[key], atol=2e-5), (way, key)
-    prefix = "model." if method == "pare" else ""
-    start = {f"{prefix}encoder.{k}": v for k, v in common.load_source("tiny-swin").encoder.named_parameters()}
-    assert start.keys() <= one.keys()
-    moved = sum((one[key] - value).abs().sum().item() for key, value in start.items())
-    assert moved > 1  # the weights that agree have left their start
-
-
-def test_two_processes_may_leave_parameters_unused(two, tmp_path):
-    """PaRe's gate once k is 0, and all but the embedder in the warm-up, have no gradient to average."""
-    assert [row["k"] for row in rows(two / "unused/spherical-pare-tiny-swin-s0-toy")] == [1, 0]
-    name = "spherical-warmup-tiny-swin-s0-toy"
-    here("finetune", *WARMUP, out=tmp_path)
-    one, other = weights(tmp_path / name), weights(two / "warmup" / name)
-    assert all(torch.allclose(value, other[key], atol=2e-5) for key, value in one.items())
-
-
-def same(folder, other):
-    one, two = weights(folder), weights(other)
-    assert all(torch.allclose(value, two[key], atol=2e-5) for key, value in one.items())
-    assert rows(folder)[-1]["loss"] == pytest.approx(rows(other)[-1]["loss"], rel=1e-4)
-    assert result(folder)["test"] == pytest.approx(result(other)["test"], abs=0.01)
-
-
-def test_a_run_continues_with_another_number_of_processes(script, two, tmp_path):
-    name = "spherical-pare-tiny-swin-s0-toy"
-    shutil.copytree(two / f"epochs/{name}.1", tmp_path / name)  # as a run leaves it that is killed in its second epoch
-    assert "resumed after epoch 1" in script("pare.py", *FEW, "--resume", out=tmp_path)
-    same(two / "epochs" / name, tmp_path / name)
-
-
-@contextlib.contextmanager
-def two_nodes():
-    """Two network namespaces with a cable between them; skipped where they cannot be made. Gives their names."""
-    names = [f"node{i}-{os.getpid()}" for i in (0, 1)]
-    ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
-        for i, name in enumerate(names):
-            ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", "cable0")
-            ip("-n", name, "link", "set", "cable0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
-    finally:
-        for name in names:
-            if shutil.which("ip"):
-                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def test_two_nodes_give_the_result_of_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
-    options = [*FEW, "--n-train", 64, "--meta-epochs", 1]
-    with two_nodes() as names:
-        launch = dict(nnodes=2, nproc_per_node=1, master_addr="10.77.0.1", master_port=29512)
-        (tmp_path / "commands.json").write_text(json.dumps([[*map(str, ["mona.py", *options, "--out-dir", tmp_path / "two"])]]))
-        command = ROOT / "tests/pair.py", tmp_path
-        nodes = [
-            torchrun(*command, before=["ip", "netns", "exec", name], node_rank=i, **launch) for i, name in enumerate(names)
-        ]
-        for node in nodes:
-            ended(node)
-    here("mona", *options, out=tmp_path / "one")
-    name = "spherical-mona-tiny-swin-s0-toy"
-    same(tmp_path / "one" / name, tmp_path / "two" / name)
