@@ -227,7 +227,9 @@ class Run:
 
         Raises UserError if the folder holds another run, or this one without --resume, or a damaged one.
         """
-        args, kinds = self.args, [split.kind for split in splits]
+        args, kinds, n = self.args, [split.kind for split in splits], len(splits[0])
+        if args.batch_size > max(64, n):  # 64 is the largest published batch; small sets are repeated to fill one
+            raise UserError(f"--batch-size {args.batch_size:,} is more than the {n:,} training samples.\nGive a smaller one.")
         identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
         self.kind = "toy" if "toy" in kinds else kinds[0]
         toy = "-toy" if self.kind == "toy" else ""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, ROOT
+from conftest import METHODS, ROOT, here
 
 import cli
 
@@ -58,3 +58,10 @@ def test_a_forbidden_folder_costs_two_lines(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.guarded(forbidden)
     assert stop.value.code == 2 and "/somewhere: Permission denied" in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path):
+    options = ["--task", "satellite", "--scale", "tiny", "--n-train", 80, "--epochs", 1]
+    with pytest.raises(cli.UserError, match="--batch-size 1,000,000 is more than the 80 training samples"):
+        here("finetune.py", *options, "--batch-size", 10**6, out=tmp_path)  # it would take 20 GB
+    assert not list(tmp_path.iterdir())
