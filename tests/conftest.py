@@ -31,6 +31,15 @@ data.TOY_TEST = 100  # toy images to test on: 1000 take longer than the training
 METHODS = ["pare", "orca", "mona", "finetune"]
 
 
+SLOWEST = "run_processes reproduce run mona matrix wiring figures fuzz run_folder orca readme pare".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that none is left when the others are done."""
+    place = {f"test_{name}": i for i, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: a file stays in its order
+
+
 @pytest.fixture(autouse=True)
 def same_files():
     """The small official files of a test are the same in whatever order the tests run."""
