@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from cli import UserError
+from cli import UserError, reason
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHORT_NAMES = {
@@ -88,12 +88,6 @@ class Tokenizer:
 
     def __call__(self, words):
         return self.vocabulary(words, is_split_into_words=True, add_special_tokens=False).input_ids
-
-
-def reason(error):
-    """The first line of an exception's message, cut to 90 characters."""
-    message = f"no {error}" if isinstance(error, KeyError) else str(error)
-    return (message or type(error).__name__).splitlines()[0][:90]
 
 
 def build_swin(**architecture):

@@ -126,6 +126,12 @@ def option(name):
     return name.strip("_").replace("_", "-")
 
 
+def reason(error):
+    """The first line of an exception's message, cut to 90 characters."""
+    message = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return (message or type(error).__name__).splitlines()[0][:90]
+
+
 def guarded(main, *args):
     """Call `main`; report a UserError, a folder that cannot be written, or a full disk in one or two lines, exit code 2."""
     try:

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from backbones import DEFAULT_BACKBONE, reason
-from cli import UserError, stream
+from cli import UserError, reason, stream
+from common import DEFAULT_BACKBONE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
