@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=2 tests/pair.py FOLDER       or without torchrun, in one process
 
 FOLDER/commands.json lists the commands. Each run is copied as it stands after its first epoch, to NAME.1 beside it.
+With --sums, each process first writes what gather and average, and the first stages, give it.
 """
 
 import json
@@ -82,7 +83,7 @@ def main(folder):
     run.Run.end_epoch = copy_after_first_epoch(run.Run.end_epoch)
     commands = json.loads((folder / "commands.json").read_text())
     port = int(os.environ.get("MASTER_PORT", 0))
-    if "RANK" in os.environ:
+    if "--sums" in sys.argv:
         torch.distributed.init_process_group("gloo")
         torch.save([shared_sums(), meta_gradients(), alignments()], folder / f"{os.environ['RANK']}.pt")
         torch.distributed.destroy_process_group()

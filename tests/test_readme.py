@@ -1,35 +1,29 @@
 """What README shows works as it stands there."""
 
 import csv
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 from conftest import ROOT, result
 
+import data
 from tools import reproduce
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_a_task_of_ones_own_made_as_in_readme(tmp_path):
+def test_a_task_of_ones_own_made_as_in_readme(script, tmp_path, monkeypatch):
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if 'TASKS["mine"]' in block]
     (tmp_path / "mine.py").write_text(example)
-    (tmp_path / "datasets").mkdir()
+    monkeypatch.setitem(data.TASKS, "mine", None)  # and removed again
     rng = np.random.default_rng(0)
     y, y_test = rng.integers(0, 5, 90), rng.integers(0, 5, 30)
     wave = lambda y: np.sin(2 * np.pi * (y[:, None, None] + 1) * np.linspace(0, 3, 128)).repeat(3, 1)  # a frequency a class
-    np.savez(tmp_path / "datasets/mine.npz", x=wave(y), y=y, x_test=wave(y_test), y_test=y_test)
-    command = [sys.executable, "mine.py", "--task", "mine", "--scale", "tiny", "--epochs", "2", "--embedder-epochs", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    np.savez(tmp_path / "mine.npz", x=wave(y), y=y, x_test=wave(y_test), y_test=y_test)
+    options = ["--data-dir", tmp_path, "--scale", "tiny", "--epochs", 2, "--embedder-epochs", 1]
+    said = script(tmp_path / "mine.py", "--task", "mine", *options, out=tmp_path / "runs")
     # text for the source is missing here, so the run is a toy's; its target is not
-    assert (
-        "target  mine: official data, 81 samples for training and 9 for validation of 90, 30 for test, 5 classes" in done.stdout
-    )
+    assert "target  mine: official data, 81 samples for training and 9 for validation of 90, 30 for test, 5 classes" in said
     (folder,) = [path.parent for path in tmp_path.glob("runs/mine-orca-tiny-roberta-s0*/result.json")]
     assert result(folder)["n_train"] == 81
 

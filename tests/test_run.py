@@ -1,5 +1,6 @@
 """What keeps a run: optimizer and schedule, random streams, files, resuming, a disk without room."""
 
+import io
 import json
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NOISE, ROOT, SHORT, here, result, rows, weights
+from conftest import NOISE, ROOT, SHORT, curves, here, result, rows, weights
+from PIL import Image
 
+import backbones
 import cli
 import common
 import data
@@ -152,12 +155,13 @@ def test_a_run_that_diverges_is_told_and_keeps_nothing(tmp_path):
 def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
     from torch._dynamo.testing import CompileCounter
 
-
-    counter, source = CompileCounter(), common.load_source("tiny-swin")
-    embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
-    model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 10))
+    counter = CompileCounter()
+    swin = backbones.build_swin(
+        img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2), num_classes=0
+    )
+    model = common.Model(common.Embedder2d(3, 8, 32), backbones.SwinEncoder(swin), common.ClassPredictor(16, 10))
     model.encoder.compile(dynamic=False, backend=counter)
-    x, y, tokens_s = torch.randn(4, 3, 60, 60), torch.arange(4), torch.randn(4, 64, 64)
+    x, y, tokens_s = torch.randn(4, 3, 32, 32), torch.arange(4), torch.randn(4, 64, 8)
     loss = torch.nn.functional.cross_entropy
     for _ in range(2):
         loss(model(x), y).backward()
@@ -170,6 +174,18 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
     for _ in range(2):
         mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y // 2, 0.1, 1.0)
     assert counter.frame_count <= 4  # theta_0, theta* and theta_0 +- c v differ in what needs a gradient
+
+
+# ---- the picture of a run
+
+
+def test_the_curves_of_a_run_are_a_picture():
+    stage1 = [{"epoch": e, "distance": 1 / e, "seconds": 1.0} for e in (1, 2, 3)]
+    history = [{"epoch": e, "loss": 2 / e, "val": 1 / e, "lr": 0.1, "k": 3 - e, "seconds": 1.0} for e in (1, 2, 3)]
+    result = {"metric": "error", "test": 0.3, "test_last": 0.4, "best_epoch": 3}
+    with Image.open(io.BytesIO(curves("a run", stage1, history, result))) as picture:
+        drawn = np.asarray(picture.convert("L"))
+    assert drawn.shape[0] > 200 and drawn.shape[1] > 500 and (drawn < 128).mean() > 0.005
 
 
 # ---- killed, resumed, continued

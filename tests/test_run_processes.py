@@ -17,15 +17,13 @@ import common
 
 SGD = "--task spherical --scale tiny --n-train 96 --epochs 1 --optimizer sgd --lr 0.05".split()
 FIRST = {"orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1]}  # stages
-FEW = "--task spherical --scale tiny --n-train 96 --epochs 2 --optimizer sgd --lr 0.05".split()
 UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
 WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
 
 
-def torchrun(*command, before=(), **launch):
-    """A command under torchrun, in the background."""
-    torchrun = [*before, sys.executable, "-m", "torch.distributed.run", *(f"--{k}={v}" for k, v in launch.items())]
-    return subprocess.Popen([*torchrun, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def background(*command, **environment):
+    command, pipes = [*map(str, command)], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in environment.items()}, **pipes)
 
 
 def ended(process):
@@ -38,13 +36,14 @@ def two(tmp_path_factory):
     """A folder with what two processes make of several commands: a folder for each."""
     out = tmp_path_factory.mktemp("two")
     commands = {method: [f"{method}.py", *SGD, "--clip", 0, *FIRST.get(method, ())] for method in METHODS}
-    commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP], "epochs": ["pare.py", *FEW]}
+    commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP]}
     commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
     (out / "commands.json").write_text(json.dumps(commands))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ended(torchrun(ROOT / "tests/pair.py", out, nproc_per_node=2, master_port=port))
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"
+    ended(background(*torchrun, ROOT / "tests/pair.py", out, "--sums"))
     return out
 
 
@@ -98,9 +97,9 @@ def same(folder, other):
 
 def test_a_run_continues_with_another_number_of_processes(script, two, tmp_path):
     name = "spherical-pare-tiny-swin-s0-toy"
-    shutil.copytree(two / f"epochs/{name}.1", tmp_path / name)  # as a run leaves it that is killed in its second epoch
-    assert "resumed after epoch 1" in script("pare.py", *FEW, "--resume", out=tmp_path)
-    same(two / "epochs" / name, tmp_path / name)
+    shutil.copytree(two / f"unused/{name}.1", tmp_path / name)  # as a run leaves it that is killed in its second epoch
+    assert "resumed after epoch 1" in script("pare.py", *UNUSED, "--resume", out=tmp_path)
+    same(two / "unused" / name, tmp_path / name)
 
 
 @contextlib.contextmanager
@@ -127,14 +126,13 @@ def two_nodes():
 
 def test_two_nodes_give_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
-    options = [*FEW, "--n-train", 64, "--meta-epochs", 1]
+    options = [*SGD, "--n-train", 64, "--epochs", 2, "--meta-epochs", 1]
+    # as torchrun --nnodes=2 sets it, whose own imports would take as long as the run
+    launch = dict(WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="10.77.0.1", MASTER_PORT=29512)
     with two_nodes() as names:
-        launch = dict(nnodes=2, nproc_per_node=1, master_addr="10.77.0.1", master_port=29512)
         (tmp_path / "commands.json").write_text(json.dumps([[*map(str, ["mona.py", *options, "--out-dir", tmp_path / "two"])]]))
-        command = ROOT / "tests/pair.py", tmp_path
-        nodes = [
-            torchrun(*command, before=["ip", "netns", "exec", name], node_rank=i, **launch) for i, name in enumerate(names)
-        ]
+        command = sys.executable, ROOT / "tests/pair.py", tmp_path
+        nodes = [background("ip", "netns", "exec", name, *command, RANK=i, **launch) for i, name in enumerate(names)]
         for node in nodes:
             ended(node)
     here("mona", *options, out=tmp_path / "one")
