@@ -79,7 +79,7 @@ def here(name, *command, out):
     return module.main(tyro.cli(module.Args, args=options))
 
 
-SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 160, "--epochs", 3]
+SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 96, "--epochs", 3]
 
 
 def result(folder):

@@ -13,13 +13,9 @@ TASKS = [*data.TASKS, "openml1510"]
 LARGE = ("psicov", "deepsea", "fsd50k")
 
 
-@pytest.fixture(autouse=True)
-def few_to_test_on(monkeypatch):
-    monkeypatch.setattr(data, "TOY_TEST", 30)
-
-
-def run(method, task, tmp_path):
+def run(method, task, tmp_path, monkeypatch):
     module = importlib.import_module(method)
+    monkeypatch.setattr(data, "TOY_TEST", 6 if task in LARGE else 30)
     options = dict(n_train=8, batch_size=4, accumulate=1) if task in LARGE else dict(n_train=32, batch_size=16)
     if method == "orca":
         options |= dict(embedder_epochs=3, source_samples=40)
@@ -40,12 +36,12 @@ def run(method, task, tmp_path):
 
 
 @pytest.mark.parametrize("number, task", list(enumerate(TASKS)))
-def test_each_task_with_one_method(number, task, tmp_path):
-    run("finetune" if task in LARGE else METHODS[number % len(METHODS)], task, tmp_path)
+def test_each_task_with_one_method(number, task, tmp_path, monkeypatch):
+    run("finetune" if task in LARGE else METHODS[number % len(METHODS)], task, tmp_path, monkeypatch)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_each_task_with_each_method(method, task, tmp_path):
-    run(method, task, tmp_path)
+def test_each_task_with_each_method(method, task, tmp_path, monkeypatch):
+    run(method, task, tmp_path, monkeypatch)
