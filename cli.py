@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 # options with bounds: those that must be positive, and the largest value of those that may also be 0
-POSITIVE = ("epochs", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "embedder_lr", "meta_lr",
-            "inner_lr", "max_samples", "classes_per_problem", "source_samples", "jobs")  # fmt: skip
+POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature",
+            "embedder_lr", "meta_lr", "inner_lr", "max_samples", "classes_per_problem", "source_samples", "jobs")  # fmt: skip
 LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
            "embedder_epochs": 1e6, "meta_epochs": 1e6, "reg": 1e9, "lambda_": 1e9, "momentum": 1, "dropout": 1,
            "mix_weight": 1e6, "warmup_epochs": 1e6}  # fmt: skip
@@ -57,8 +57,10 @@ class Args:
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
     """activation checkpointing, for small GPUs: recompute activations in the backward pass. Not in MoNA's stage 1"""
+    steps_per_epoch: int | None = None
+    """optimizer steps in an epoch. Default: one pass over the samples (full, toys), as many as the kind of task needs (tiny)"""
     epochs: int | None = None
-    """passes over the training samples. Default of this and the following: the recipe of the task (full: the published one)"""
+    """rounds of training, each followed by validation. Default, as of the rest: the task's recipe (full: the published one)"""
     n_train: int | None = None
     """training samples used; methods differ most when there are few"""
     batch_size: int | None = None

@@ -28,7 +28,7 @@ import numpy as np
 from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
 from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present
-from tasks.published import RECIPES, TINY, Recipe
+from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
@@ -68,6 +68,11 @@ class Task:
     simulate: Callable | None = None  # (cache, scale, n_train, as_released, device) -> as read; where the files are missing
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
     direction: str = "min"
+    kind: str = ""  # of the tiny recipes; default: by modality and target
+
+    def __post_init__(self):
+        kinds = {"2d": ("images", "2D fields"), "1d": ("series", "1D fields")}[self.modality]
+        object.__setattr__(self, "kind", self.kind or kinds[self.target == "field"])
 
     @property
     def modality(self):
@@ -205,7 +210,7 @@ def openml_task(number):
     recipes, tokens = published.openml(number)
     return Task(
         f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(read_openml, number=number),
-        toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens,
+        toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens, kind="tables",
     )  # fmt: skip
 
 
@@ -228,7 +233,7 @@ PROXIES = table((
 ))  # fmt: skip
 
 
-TOY_TRAIN, TOY_TEST = 3000, 1000
+TOY_TRAIN, TOY_TEST = 900, 500
 SOURCE_SAMPLES = 5000  # as in the official codes
 LARGEST = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
 
@@ -255,9 +260,10 @@ def complete(args, method, scale):
         fitting = " or ".join(proxy.name for proxy in PROXIES.values() if proxy.modality == task.modality)
         raise UserError(f"--source {source} does not go with {task.name}.\nTake {fitting}.")
     if scale == "tiny":
-        share = 2 ** max(0, math.ceil(math.log2(TINY.batch_size * math.prod(task.shape) / LARGEST)))
-        recipe = replace(TINY, source=recipe.source, k_begin=recipe.k_begin, k_end=recipe.k_end, mix_weight=recipe.mix_weight,
-                         batch_size=TINY.batch_size // share, accumulate=share)  # fmt: skip
+        tiny = TINY_RECIPES[task.kind]
+        share = 2 ** max(0, math.ceil(math.log2(tiny.batch_size * math.prod(task.shape) / LARGEST)))
+        recipe = replace(tiny, source=recipe.source, k_begin=recipe.k_begin, k_end=recipe.k_end, mix_weight=recipe.mix_weight,
+                         batch_size=tiny.batch_size // share, accumulate=share)  # fmt: skip
     squeeze = (args.epochs or recipe.epochs) / recipe.epochs  # a shorter run has the same learning rate curve, squeezed
     recipe = replace(
         recipe,
@@ -344,6 +350,15 @@ class Split:
     def chunk(self):
         """How many samples may be evaluated at once: 256, or fewer where they are large (64 MB of inputs)."""
         return min(256, max(1, 2**24 // math.prod(self.shape)))
+
+    def batches_in_epoch(self, args):
+        """Micro-batches in an epoch: `steps_per_epoch` optimizer steps of `accumulate` each.
+
+        Default: one pass over the training samples (full scale, toys); as many as the kind of task needs (tiny scale).
+        """
+        fixed = args.scale == "tiny" and self.kind != "toy"
+        steps = args.steps_per_epoch or (TINY_STEPS[find_task(self.name).kind] if fixed else None)
+        return args.accumulate * steps if steps else max(1, len(self) // args.batch_size)
 
     def plan(self, steps, batch_size, seed, epoch, stage=2):
         """The samples of every step of an epoch (steps, batch_size) and the draws that augment them (steps, batch_size, draws).

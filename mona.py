@@ -187,7 +187,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
     trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
     lr, weight_decay = data.of_one_batch(args)
     optimizer = make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
-    steps = max(1, len(train) // args.batch_size)
+    steps = train.batches_in_epoch(args)
     size_s = args.batch_size * -(-32 // args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
     rows = []
     for epoch in range(args.meta_epochs):
@@ -261,7 +261,7 @@ def main(args):
     if args.checkpoint:
         common.checkpoint_activations(model.encoder)
     net = run.distribute(net)
-    steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
+    steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
     scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")

@@ -213,7 +213,7 @@ def main(args):
     if args.checkpoint:
         common.checkpoint_activations(model.encoder)
     net = run.distribute(net)
-    steps = max(1, len(train) // args.batch_size)  # micro-batches in an epoch
+    steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
     scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")

@@ -451,7 +451,7 @@ class Run:
                 f"the error on test is {test} (epoch {self.best_epoch}) and {test_last} (last epoch), validation {self.best}.\n"
                 "Check the test samples, or start again in another --out-dir with a lower --lr or --clip 1."
             )
-        seen = len(self.history) * (len(loaded.train) // args.batch_size or 1) * args.batch_size
+        batches = len(self.history) * loaded.train.batches_in_epoch(args)
         root = Path(__file__).parent
         git = shutil.which("git")
         head = [git, "-C", root, "rev-parse", "--short", "HEAD"]
@@ -460,9 +460,10 @@ class Run:
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
             "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
             "test": test, "test_last": test_last,
-            "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "n_train": len(loaded.train),
+            "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "steps": batches // args.accumulate,
+            "n_train": len(loaded.train),
             "seconds": round(self.seconds + sum(row["seconds"] for row in self.stage1), 1),
-            "samples_per_second": round(seen / self.seconds, 1),
+            "samples_per_second": round(batches * args.batch_size / self.seconds, 1),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
         }  # fmt: skip

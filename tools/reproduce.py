@@ -46,7 +46,7 @@ matplotlib.use("Agg")
 # imported once, for all runs: the method files, what they import lazily, and this file
 PRELOAD = ("pare", "orca", "mona", "finetune", "timm", "transformers", "sklearn.cluster", "tools.reproduce")
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
-           "lr", "epochs", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
+           "lr", "epochs", "steps", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
 
 # Published at full scale in the ORCA, MoNA and PaRe papers. 0-1 errors (cifar100, spherical, ninapro, satellite) are fractions.
 PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
