@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,35 @@ def test_recipes_name_a_source_of_their_modality():
     assert (args.batch_size, args.accumulate) == (4, 8)  # 32 samples would be 1.9 GB
     with pytest.raises(cli.UserError, match=r"--source conll2003 does not go with cifar100.\nTake cifar10 or tiny_imagenet"):
         data.complete(pare.Args(task="cifar100", source="conll2003"), "pare", "tiny")
+
+
+def test_an_epoch_is_a_number_of_steps_at_the_tiny_scale_and_a_pass_elsewhere():
+    def batches(task, scale, kind="official", n=1000, **options):
+        args = data.complete(orca.Args(task=task, scale=scale, **options), "orca", scale)
+        classes = 10 if data.find_task(task).target == "class" else None
+        return data.Split(np.zeros((n, 1)), np.zeros(n), classes, kind, data.find_task(task), "cpu").batches_in_epoch(args)
+
+    assert batches("satellite", "full", batch_size=32) == 31  # what does not fill a batch is left out
+    assert batches("satellite", "full", n=5, batch_size=32) == 1
+    assert batches("satellite", "full", steps_per_epoch=7, batch_size=32, accumulate=3) == 21
+    assert batches("satellite", "tiny") == batches("satellite", "tiny", n=9) == data.TINY_STEPS["series"]
+    assert batches("satellite", "tiny", accumulate=4) == 4 * data.TINY_STEPS["series"]
+    assert batches("satellite", "tiny", "toy", n=96, batch_size=32) == 3
+    assert batches("satellite", "tiny", "toy", n=96, steps_per_epoch=5) == 5
+
+
+def test_each_kind_of_task_has_its_tiny_recipe_the_same_for_every_method():
+    assert (
+        published.TINY_RECIPES.keys()
+        == published.TINY_STEPS.keys()
+        == {data.find_task(t).kind for t in [*data.TASKS, "openml31"]}
+    )
+    kinds = {"spherical": "images", "psicov": "2D fields", "satellite": "series", "deepsea": "series", "burgers1d": "1D fields"}
+    assert all(data.TASKS[task].kind == kind for task, kind in kinds.items()) and data.find_task("openml31").kind == "tables"
+    for task in data.TASKS:
+        one, other = (dataclasses.asdict(data.complete(orca.Args(task=task), method, "tiny")) for method in ("orca", "pare"))
+        assert {k for k in one if one[k] != other[k]} <= {"source"}, task
+        assert one["lr"] == published.TINY_RECIPES[data.TASKS[task].kind].lr
 
 
 def test_a_first_stage_has_the_published_rate_of_one_batch():
