@@ -269,7 +269,7 @@ def complete(args, method, scale):
         recipe,
         warmup_epochs=recipe.warmup_epochs * squeeze,
         decay_epochs=recipe.decay_epochs * squeeze,
-        **(published.RELEASED if args.as_released else dict(k_end=0.0)),
+        **(published.RELEASED if args.as_released else published.OURS),
     )
     missing = [f.name for f in dataclasses.fields(recipe) if getattr(args, f.name, "") is None]
     return replace(args, **{name: getattr(recipe, name) for name in missing})

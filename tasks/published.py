@@ -31,6 +31,8 @@ class Recipe:
     source_samples: int = 5000  # ORCA: source samples in the distance
     reg: float = 0.1  # ORCA: entropic regularisation of the distance
     meta_epochs: int = 5  # MoNA: epochs of stage 1
+    label_epochs: int = 4  # RECRAFT: passes over the training samples
+    label_samples: int = 28  # RECRAFT as released: of one class, in a step
     n_train: int | None = None
 
 
@@ -59,7 +61,8 @@ DENSE = dict(source="voc", k_begin=1000 / 3136, k_end=500 / 3136, mix_weight=0.3
 SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 source tokens, or all target tokens if there are fewer
 TEXT = dict(source="conll2003")
 
-RELEASED = dict(ratio="k/N", gate_noise=1.0, reg=0.1)  # --as-released, both scales: rows P3, P6, O6
+OURS = dict(k_end=0.0, label_samples=128)  # in both scales, unless --as-released, which has these instead: P3, P6, O6
+RELEASED = dict(ratio="k/N", gate_noise=1.0, reg=0.1)
 
 # published settings, full scale: task -> method -> recipe; OpenML tables below
 RECIPES = {
@@ -94,6 +97,13 @@ RECIPES = {
     "shallow_water2d": both(published("adamw", 1e-4, 0, 4, 200, warmup=10, clip=1.0), **DENSE),
     "diffusion_reaction2d": both(published("adam", 1e-4, 1e-3, 4, 200, clip=1.0), **DENSE),
 }  # fmt: skip
+
+# RECRAFT, released configurations: task -> samples of a class in a step of label matching, epochs; PDEBench: 28, 4
+for task, samples, epochs in (
+    ("cifar100", 16, 5), ("spherical", 16, 3), ("ninapro", 16, 4), ("fsd50k", 16, 6), ("darcy", 20, 5), ("cosmic", 28, 2),
+    ("psicov", 16, 4), ("ecg", 28, 2), ("satellite", 32, 3), ("deepsea", 16, 2),
+):  # fmt: skip
+    RECIPES[task]["recraft"] = replace(RECIPES[task]["orca"], label_samples=samples, label_epochs=epochs)
 
 # ORCA's configurations for OpenML tables: id, optimizer, learning rate, weight decay, momentum, batch size, epochs, warm-up,
 # decay, dropout, clip, samples per class and alignment step, tokens
@@ -158,12 +168,12 @@ def openml(number):
 # The tiny scale has one recipe for each kind of task, the same for all methods: no method is tuned separately. An epoch is a
 # number of optimizer steps, however many samples there are: models learn from steps. docs/results.md shows the choice.
 TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20, max_samples=32,
-              classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, n_train=10_000)  # fmt: skip
+              classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, label_epochs=3, n_train=10_000)  # fmt: skip
 TINY_RECIPES = {
     "images": TINY,
     "2D fields": TINY,
-    "series": TINY,
+    "series": replace(TINY, lr=1e-3),
     "1D fields": TINY,
     "tables": replace(TINY, lr=1e-3),
 }
-TINY_STEPS = {"images": 100, "2D fields": 100, "series": 100, "1D fields": 70, "tables": 25}
+TINY_STEPS = {"images": 100, "2D fields": 100, "series": 150, "1D fields": 100, "tables": 25}

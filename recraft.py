@@ -1,0 +1,298 @@
+"""RECRAFT: align the target embedder's features with the source, then its labels, then fine-tune.
+
+Tran et al., "Rethinking Cross-Modal Fine-Tuning: Optimizing the Interaction between Feature Alignment and Target Fitting",
+AISTATS 2026. Written after its abstract, its figure and its released code: the paper's equations could not be read.
+
+Bringing target features close to source features (ORCA) says nothing of labels: two target classes may land on one source
+class, and then no relabelling of what the source model predicts can tell them apart. RECRAFT also trains the embedder so that
+the source model's own labels say as much as possible about the target's.
+
+    stage 0:
+    1  p_s(z | x) = softmax(h_s(mean over tokens of g(source embedder(x))))       h_s trained on source labels, then frozen
+    stage 1, feature alignment, in each align epoch:
+    2  u_s, u_t = mean over tokens of the embedded samples; one step on the embedder along the gradient of
+       OT(u_s, u_t) = min over plans pi of sum_ij pi_ij 1/2 |u_i - u_j|^2         OTDD without labels
+    stage 1, feature-label distortion, in each label step:
+    3  pi(z', z) = mean over i of 1{y_i = z'} p_s(z | g(embedder(x_i)))           target label and predicted source label
+    4  one step on the embedder up the gradient of I(Z; Z') = H(Z) - H(Z | Z')
+    stage 2:
+    5  L = L(h(g(embedder(x_t))), y_t), step on embedder, encoder g and a new predictor h
+
+Why line 4: relabel what the source model predicts by any Q, p_Q(z' | x) = sum_z p_s(z | x) Q(z' | z). By Jensen's inequality
+min over Q of E[-log p_Q(z' | x)] <= H(Z' | Z) = H(Z') - I(Z; Z'), so line 4 lowers a bound on the target error that the
+unchanged source model can reach. The released code instead lowers H(Z | Z') alone, which is 0 when every target sample is
+predicted as one source class: `--distortion entropy`.
+
+    python recraft.py --task spherical
+
+Released and published versions differ, and `--as-released` follows the code: docs/paper-vs-code.md, R1 to R12.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cli
+import common
+import data
+from run import LOG_EVERY, Run, average, embed_all, gather, make_optimizer, make_schedule, mean_loss, seed_everything, shard
+
+
+@dataclass(frozen=True)
+class Args(cli.Args):
+    """The options of RECRAFT; those that all methods share are in cli.Args."""
+
+    align_epochs: int = 20
+    """steps of feature alignment; the official code: 60, on OpenML 20"""
+    label_epochs: int | None = None
+    """epochs of feature-label distortion. With --align-epochs 0 --label-epochs 0: naive fine-tuning"""
+    distortion: Literal["mutual", "entropy"] = "mutual"
+    """mutual: maximise I(Z; Z'). entropy: minimise H(Z | Z'), as released; its minimum is collapse"""
+    embedder_lr: float | None = None
+    """of feature alignment, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times the lr of one batch, or
+    lr if that is above 1e-3"""
+    label_lr: float = 1e-4
+    """of feature-label distortion"""
+    reg: float | None = None
+    """entropic strength of OT. Default: 0.1 (full, official), for GPUs; 0 (tiny): a linear programme, faster on CPUs"""
+    align_samples: int = 128
+    """target samples in a step of feature alignment, drawn anew in each"""
+    label_samples: int | None = None
+    """target samples in a step of feature-label distortion. Default: 128; as released, of one class: 16 to 32"""
+    source_samples: int | None = None
+    """source samples, for the source predictor and the alignment"""
+    freeze_embedder: bool = False
+    """keep the embedder of stage 1 in stage 2, as in the paper's figure; the released code trains everything"""
+
+
+RATE = 0.1  # of a batch in the running table: about the mean over ten batches
+MEASURED = 512  # target samples on which each epoch of stage 1 is measured
+
+
+def features(embedder, encoder, split, index, chunk=128):
+    """Mean over tokens of the encoder's output, of samples `index` of a data.Split: (m,) -> (m, F). Each process: its part."""
+    parts = [encoder(embedder(split.inputs(part))).mean(1).float() for part in shard(index).split(chunk)]  # (chunk, F)
+    return gather(torch.cat(parts), len(index))  # (m, F)
+
+
+def train_source_predictor(phi_s, y_s, args, text):
+    """Line 1: h_s, a linear layer on source features phi_s (n, F) with labels y_s (n,), by 300 steps on all of them.
+
+    As released: 20 epochs in batches of 4. For text 30, with the softmax taken twice, which leaves h_s nearly flat (R9).
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed_everything("source predictor", args.seed)
+        h_s = nn.Linear(phi_s.shape[1], int(y_s.max()) + 1).to(phi_s.device)
+        released = args.as_released
+        epochs, batch_size, lr = ((30 if text else 20), 4, 1e-4) if released else (300, len(y_s), 1e-2)
+        optimizer = torch.optim.AdamW(h_s.parameters(), lr=lr, weight_decay=0.05)
+        for _ in range(epochs):
+            for index in torch.randperm(len(y_s)).to(y_s.device).split(batch_size):
+                out = h_s(phi_s[index])  # (B, K_s)
+                F.cross_entropy(out.softmax(1) if released and text else out, y_s[index]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return h_s.requires_grad_(False)
+
+
+def joint_table(p, y, classes):
+    """Line 3: pi(z', z) = 1/B sum_i 1{y_i = z'} p_i(z). p (B, K_s), y (B,) -> (K_t, K_s)"""
+    return p.new_zeros(classes, p.shape[1]).index_add(0, y, p) / len(p)
+
+
+def entropies(pi):
+    """H(Z), H(Z | Z') and I(Z; Z') = H(Z) - H(Z | Z') of a joint table pi(z', z), (K_t, K_s): three scalars, in nats."""
+    entropy = lambda p: -torch.xlogy(p, p.clamp(min=1e-30)).sum()  # -sum p log p, and 0 log 0 = 0 with a gradient
+    h_z, h_z_given = entropy(pi.sum(0)), entropy(pi) - entropy(pi.sum(1))  # H(Z | Z') = H(Z, Z') - H(Z')
+    return h_z, h_z_given, h_z - h_z_given
+
+
+def released_groups(y_t, args, generator):
+    """The official code's steps of a label epoch: groups of one class, index (m,), and the weights of their losses (R5, R6).
+
+    w = n_c / n * m / (number of batches of class c); a rest of less than half a group is left out.
+    """
+    for c in y_t.unique()[torch.randperm(len(y_t.unique()), generator=generator)]:
+        members = torch.nonzero(y_t == c).squeeze(1)
+        groups = members[torch.randperm(len(members), generator=generator)].split(args.label_samples)
+        batches = -(-len(members) // args.batch_size)
+        yield from ((g, len(members) / len(y_t) * len(g) / batches) for g in groups if 2 * len(g) >= args.label_samples)
+
+
+def take_step(optimizer, parameters, loss):
+    """One step on `parameters`, and nothing else, along the gradient of a loss on samples of all processes."""
+    gradients = torch.autograd.grad(loss, parameters)
+    for parameter, gradient in zip(parameters, average(gradients), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def learn_embedder(embedder, encoder, h_s, u_s, train, y_t, args, progress=iter):
+    """Stage 1: trains `embedder`, and nothing else (lines 2 to 4).
+
+    Args:
+        h_s: the source predictor. u_s (n, D): the embedded source.
+        train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
+        args: the options. progress: wraps the epochs.
+    Returns: a row for each epoch, the first before any step: distance, H(Z), H(Z|Z'), I(Z;Z') of a fixed sample, seconds.
+    """
+    encoder.eval()
+    parameters, classes, n = list(embedder.parameters()), int(y_t.max()) + 1, len(train)
+    y_t, one_class = y_t.cpu(), lambda u: torch.zeros(len(u), dtype=torch.long, device=u.device)
+    terms_s = common.OtddTerms(u_s, one_class(u_s), "none", args.reg)
+    distance = lambda u_t: common.otdd(u_s, one_class(u_s), u_t, one_class(u_t), "none", args.reg, terms_s=terms_s)
+    predict = lambda index: h_s(features(embedder, encoder, train, index)).softmax(1)  # line 1: (m, K_s)
+    table = lambda index: joint_table(predict(index), y_t[index].to(u_s.device), classes)  # line 3: (K_t, K_s)
+    fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))[:MEASURED]
+    rows = []
+
+    def measure(start):
+        with torch.no_grad():
+            found = distance(embed_all(embedder, train, fixed)), *entropies(table(fixed))
+        row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')"), (value.item() for value in found), strict=True))
+        if not all(math.isfinite(value) for value in row.values()):
+            raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")
+        rows.append({"epoch": len(rows), **row, "seconds": time.perf_counter() - start})
+
+    measure(time.perf_counter())
+    # ---- feature alignment
+    lr, weight_decay = data.of_one_batch(args)
+    lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
+    optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
+    for epoch in progress(range(args.align_epochs)):
+        generator = torch.Generator().manual_seed(cli.stream("alignment", args.seed, epoch))
+        start, index = time.perf_counter(), torch.randperm(n, generator=generator)[: args.align_samples]
+        take_step(optimizer, parameters, distance(embed_all(embedder, train, index)))  # line 2: OT(u_s, u_t)
+        scheduler.step()
+        measure(start)
+
+    # ---- feature-label distortion
+    trained = nn.ModuleList([embedder, h_s.requires_grad_(args.as_released)])  # R4: the released predictor trains along
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trained, replace(args, lr=args.label_lr, weight_decay=weight_decay))
+    pi, steps = None, -(-n // args.label_samples)
+    for epoch in progress(range(args.label_epochs)):
+        generator = torch.Generator().manual_seed(cli.stream("labels", args.seed, epoch))
+        start, order = time.perf_counter(), torch.randperm(n, generator=generator)
+        if args.as_released:
+            for index, weight in released_groups(y_t, args, generator):
+                _, h_group, _ = entropies(predict(index).mean(0)[None])  # H of the group's mean prediction
+                take_step(optimizer, parameters, weight * h_group)
+        else:
+            for index in order.tensor_split(steps):
+                rate = 1.0 if pi is None else RATE
+                pi = rate * table(index) + (1 - rate) * (0 if pi is None else pi.detach())  # running mean of line 3
+                _, h_z_given, information = entropies(pi)
+                loss = -information if args.distortion == "mutual" else h_z_given  # line 4
+                take_step(optimizer, parameters, loss / rate)  # the gradient goes through the batch alone: rescaled
+        measure(start)
+    h_s.requires_grad_(False)
+    return rows
+
+
+def main(args):
+    # ---- set up: processes, device, seed, data, run folder
+    run = Run(args, "recraft")  # RECRAFT
+    args, device = run.args, run.device
+    with run.first_process_first():
+        source = common.load_source(args.backbone)  # RECRAFT
+        loaded = data.load(
+            args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
+        )
+        source_set = data.load_proxy(  # RECRAFT
+            args.source,
+            args.data_dir,
+            args.scale,
+            args.source_samples,
+            args.seed,
+            device,
+            source.tokenizer,  # RECRAFT
+        )  # RECRAFT
+    task, train = loaded.task, loaded.train
+    if not run.start(train, source_set):  # RECRAFT
+        return
+
+    # ---- the model
+    embedder = common.make_embedder(task.shape, source, args.init, task.tokens)  # RECRAFT
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=args.as_released)
+    model = common.Model(embedder, common.set_dropout(source.encoder, args.dropout), predictor)
+    if args.compile:
+        run.compile(model.encoder)
+
+    # ---- RECRAFT: the source predictor, and stage 1, the embedder alone
+    net = model
+    if args.align_epochs + args.label_epochs > 0 and not run.restore_stage1(embedder=embedder):
+        embedder.to(device)
+        encoder = model.encoder.to(device)
+        source.embedder.to(device)
+        every = torch.arange(len(source_set), device=device)
+        y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
+        with run.autocast():
+            with torch.no_grad():
+                u_s = embed_all(source.embedder, source_set, every)  # (n, D)
+                phi_s = features(source.embedder, encoder.eval(), source_set, every)  # (n, F)
+            h_s = train_source_predictor(phi_s, y_s, args, source.modality == "1d")
+            right = (h_s(phi_s).argmax(1) == y_s).float().mean().item()
+            chance = y_s.bincount().max().item() / len(y_s)
+            print(f"RECRAFT source predictor: {right:.2f} of the source's labels are right, by chance {chance:.2f}")
+            if right < chance + 0.1:
+                print("        That is near chance: what it predicts says little about target labels.")
+            progress = lambda epochs: run.progress(epochs, len(epochs), "stage 1")
+            rows = learn_embedder(embedder, encoder, h_s, u_s.float(), train, y_t, args, progress)
+        run.keep_stage1(rows, embedder=embedder)
+        begin, end = rows[0], rows[-1]
+        said = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in ("distance", "H(Z|Z')", "I(Z;Z')"))
+        print(f"RECRAFT {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
+    if args.freeze_embedder:
+        embedder.requires_grad_(False)
+
+    # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_activations(model.encoder)
+    net = run.distribute(net)
+    steps = train.batches_in_epoch(args)
+    optimizer = make_optimizer(net, args)
+    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
+
+    # ---- train
+    for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
+        seed_everything("epoch", args.seed, epoch, run.rank)
+        net.train()
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
+        for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
+            window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
+            step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
+            with run.no_sync_unless(step_follows, net):
+                with run.autocast():
+                    out = net(x)  # RECRAFT: line 5, (B, K)
+                loss = task.loss(out, y)
+                (loss / window).backward()  # averaged over the window; the official codes sum
+            if step_follows:
+                if args.clip > 0:
+                    nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses[step] = loss.detach()
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        seconds = time.perf_counter() - start
+        val = run.evaluate(model, loaded.val, task)
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        run.end_epoch(net, model, optimizer, scheduler, row)
+
+    # ---- test: the last epoch, and the epoch that was best on validation
+    return run.finish(model, loaded, args.source)  # RECRAFT
+
+
+if __name__ == "__main__":
+    cli.guarded(main, cli.command_line(Args, __doc__, data.find_task))
