@@ -28,6 +28,7 @@ predicted as one source class: `--distortion entropy`.
 Released and published versions differ, and `--as-released` follows the code: docs/paper-vs-code.md, R1 to R12.
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -74,10 +75,14 @@ RATE = 0.1  # of a batch in the running table: about the mean over ten batches
 MEASURED = 512  # target samples on which each epoch of stage 1 is measured
 
 
-def features(embedder, encoder, split, index, chunk=128):
-    """Mean over tokens of the encoder's output, of samples `index` of a data.Split: (m,) -> (m, F). Each process: its part."""
-    parts = [encoder(embedder(split.inputs(part))).mean(1).float() for part in shard(index).split(chunk)]  # (chunk, F)
-    return gather(torch.cat(parts), len(index))  # (m, F)
+def encode(encoder, autocast, embedder, split, index, chunk=128):
+    """Features of samples `index` of a data.Split, the mean over tokens of the encoder's output: (m,) -> (m, F)
+
+    In mixed precision where the device has it. Each process encodes its part.
+    """
+    with autocast():
+        parts = [encoder(embedder(split.inputs(part))) for part in shard(index).split(chunk)]  # each (chunk, M, F)
+    return gather(torch.cat(parts).float().mean(1), len(index))  # (m, F)
 
 
 def train_source_predictor(phi_s, y_s, args, text):
@@ -133,21 +138,21 @@ def take_step(optimizer, parameters, loss):
     optimizer.zero_grad()
 
 
-def learn_embedder(embedder, encoder, h_s, u_s, train, y_t, args, progress=iter):
+def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter):
     """Stage 1: trains `embedder`, and nothing else (lines 2 to 4).
 
     Args:
+        features: (embedder, split, index (m,)) -> (m, F), `encode` with its encoder, in evaluation mode.
         h_s: the source predictor. u_s (n, D): the embedded source.
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
         args: the options. progress: wraps the epochs.
     Returns: a row for each epoch, the first before any step: distance, H(Z), H(Z|Z'), I(Z;Z') of a fixed sample, seconds.
     """
-    encoder.eval()
     parameters, classes, n = list(embedder.parameters()), int(y_t.max()) + 1, len(train)
     y_t, one_class = y_t.cpu(), lambda u: torch.zeros(len(u), dtype=torch.long, device=u.device)
     terms_s = common.OtddTerms(u_s, one_class(u_s), "none", args.reg)
     distance = lambda u_t: common.otdd(u_s, one_class(u_s), u_t, one_class(u_t), "none", args.reg, terms_s=terms_s)
-    predict = lambda index: h_s(features(embedder, encoder, train, index)).softmax(1)  # line 1: (m, K_s)
+    predict = lambda index: h_s(features(embedder, train, index)).softmax(1)  # line 1: (m, K_s)
     table = lambda index: joint_table(predict(index), y_t[index].to(u_s.device), classes)  # line 3: (K_t, K_s)
     fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))[:MEASURED]
     rows = []
@@ -206,15 +211,8 @@ def main(args):
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        source_set = data.load_proxy(  # RECRAFT
-            args.source,
-            args.data_dir,
-            args.scale,
-            args.source_samples,
-            args.seed,
-            device,
-            source.tokenizer,  # RECRAFT
-        )  # RECRAFT
+        named = args.source, args.data_dir, args.scale, args.source_samples, args.seed  # RECRAFT
+        source_set = data.load_proxy(*named, device, source.tokenizer)  # RECRAFT
     task, train = loaded.task, loaded.train
     if not run.start(train, source_set):  # RECRAFT
         return
@@ -230,22 +228,19 @@ def main(args):
     net = model
     if args.align_epochs + args.label_epochs > 0 and not run.restore_stage1(embedder=embedder):
         embedder.to(device)
-        encoder = model.encoder.to(device)
         source.embedder.to(device)
+        features = functools.partial(encode, model.encoder.to(device).eval(), run.autocast)
         every = torch.arange(len(source_set), device=device)
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
-        with run.autocast():
-            with torch.no_grad():
-                u_s = embed_all(source.embedder, source_set, every)  # (n, D)
-                phi_s = features(source.embedder, encoder.eval(), source_set, every)  # (n, F)
-            h_s = train_source_predictor(phi_s, y_s, args, source.modality == "1d")
-            right = (h_s(phi_s).argmax(1) == y_s).float().mean().item()
-            chance = y_s.bincount().max().item() / len(y_s)
-            print(f"RECRAFT source predictor: {right:.2f} of the source's labels are right, by chance {chance:.2f}")
-            if right < chance + 0.1:
-                print("        That is near chance: what it predicts says little about target labels.")
-            progress = lambda epochs: run.progress(epochs, len(epochs), "stage 1")
-            rows = learn_embedder(embedder, encoder, h_s, u_s.float(), train, y_t, args, progress)
+        with torch.no_grad():
+            u_s, phi_s = embed_all(source.embedder, source_set, every), features(source.embedder, source_set, every)
+        h_s = train_source_predictor(phi_s, y_s, args, source.modality == "1d")
+        right, chance = (h_s(phi_s).argmax(1) == y_s).float().mean().item(), y_s.bincount().max().item() / len(y_s)
+        print(f"RECRAFT {right:.2f} of the source's labels are predicted; the most frequent one is {chance:.2f} of them")
+        if right < chance + 0.1:
+            print("        That is near chance: such predictions say little about target labels.")
+        progress = lambda epochs: run.progress(epochs, len(epochs), "stage 1")
+        rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress)
         run.keep_stage1(rows, embedder=embedder)
         begin, end = rows[0], rows[-1]
         said = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in ("distance", "H(Z|Z')", "I(Z;Z')"))

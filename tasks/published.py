@@ -167,8 +167,9 @@ def openml(number):
 
 # The tiny scale has one recipe for each kind of task, the same for all methods: no method is tuned separately. An epoch is a
 # number of optimizer steps, however many samples there are: models learn from steps. docs/results.md shows the choice.
-TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20, max_samples=32,
-              classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, label_epochs=3, n_train=10_000)  # fmt: skip
+TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20,
+              max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, label_epochs=3,
+              n_train=10_000)  # fmt: skip
 TINY_RECIPES = {
     "images": TINY,
     "2D fields": TINY,

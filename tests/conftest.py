@@ -31,7 +31,7 @@ import run  # noqa: E402
 data.TOY_TEST = 100  # toy images to test on: 500 take longer than the training
 data.TINY_STEPS = dict.fromkeys(data.TINY_STEPS, 2)  # optimizer steps in an epoch
 curves, run.curves = run.curves, lambda *_: b"a picture"  # drawing takes a third of a short run; test_run.py tests it
-METHODS = ["pare", "orca", "mona", "finetune"]
+METHODS = ["pare", "orca", "mona", "recraft", "finetune"]
 
 
 SLOWEST = "run_processes reproduce run mona matrix wiring figures fuzz run_folder orca readme pare".split()

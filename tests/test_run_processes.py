@@ -16,7 +16,9 @@ from pair import alignments, meta_gradients, shared_sums
 import common
 
 SGD = "--task spherical --scale tiny --n-train 96 --epochs 1 --optimizer sgd --lr 0.05".split()
-FIRST = {"orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1]}  # stages
+FIRST = {  # stages
+    "orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1], "recraft": ["--align-epochs", 2, "--label-epochs", 1],
+}  # fmt: skip
 UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
 WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
 

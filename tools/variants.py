@@ -10,9 +10,15 @@ METHODS = {
     "pare": "pare.py",
     "orca": "orca.py",
     "mona": "mona.py",
+    "recraft": "recraft.py",
     **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
     "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: faster on a CPU
+    "recraft-released": "recraft.py --as-released --reg 0",  # its distance by a linear programme: faster on a CPU
+    "recraft-entropy": "recraft.py --distortion entropy",  # R3
+    "recraft-align": "recraft.py --label-epochs 0",
+    "recraft-labels": "recraft.py --align-epochs 0",
+    "recraft-freeze-embedder": "recraft.py --freeze-embedder",  # R2
     "naive-released": "finetune.py --mode naive --as-released",  # O2: different initial embedder
     # ---- initial embedder (P1, O1), and equal compute
     "pare-random": "pare.py --init random",
