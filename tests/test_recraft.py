@@ -61,7 +61,7 @@ def test_bounds_invariances_and_the_error_of_a_relabelling(seed):
     assert error == pytest.approx(h_t - entropies(pi)[2].item())  # equal where the predictions are certain
 
 
-def test_gradients_are_finite_differences():
+def test_gradients_of_the_entropies_are_finite_differences():
     p, y = random_predictions(0, n=12)
     value = lambda logits, which: entropies(joint_table(logits.softmax(1), y, 4))[which]
     for which in range(3):
@@ -205,7 +205,7 @@ def test_the_source_predictor_learns_and_the_released_one_of_text_stays_flat():
 # ---- end to end
 
 
-def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
+def test_recraft_trains_the_embedder_only_and_keeps_it(script, tmp_path):
     options = [*SHORT[:-1], 1, "--align-epochs", 2, "--label-epochs", 1, "--label-lr", 1e-3]
     said = script("recraft.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-recraft-tiny-swin-s0-toy"
@@ -251,6 +251,23 @@ def test_encoder_and_source_predictor_are_bit_identical_after_stage_1(tmp_path, 
     source = common.load_source("tiny-swin").encoder.state_dict()
     assert all(torch.equal(value, found["encoder"][name]) for name, value in source.items()) and not found["training"]
     assert torch.equal(found["h_s"], found["weight"])
+
+
+def test_recraft_passes_its_options_on(tmp_path, monkeypatch):
+    found, start, make = {}, {}, common.make_embedder
+    monkeypatch.setattr(common, "make_embedder", lambda *a, **k: found.setdefault("embedder", make(*a, **k)))
+    monkeypatch.setattr(recraft.Run, "distribute", lambda run, net: found.setdefault("net", net))
+    monkeypatch.setattr(recraft, "make_optimizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for init in ("copy", "random"):
+        found.clear()
+        out = tmp_path / init
+        args = recraft.Args(task="satellite", scale="tiny", data_dir=str(out), out_dir=str(out), n_train=64, init=init,
+                            dropout=0.25, align_epochs=0, label_epochs=0, source_samples=50)  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            recraft.main(args)
+        start[init] = found["embedder"].positions.clone()
+        assert any(m.p == 0.25 for m in found["net"].modules() if isinstance(m, nn.Dropout))
+    assert not torch.equal(start["copy"], start["random"])
 
 
 def test_without_a_first_stage_recraft_is_naive_fine_tuning(script, tmp_path):

@@ -673,9 +673,7 @@ def loading(args):
             lambda: [images.project_to_sphere(x[i : i + 1], turns[i : i + 1]) for i in range(100)],
         )
         take("project: 500 at once", 500, lambda: images.project_to_sphere(x, turns))
-    print(
-        f"{args.workers} workers, {machine()}, median of {args.rounds}\n\n| what | images/s | times faster |\n|---|---|---|"
-    )
+    print(f"{args.workers} workers, {machine()}, median of {args.rounds}\n\n| what | images/s | times faster |\n|---|---|---|")
     for name, rates in times.items():
         slow = statistics.median(times["load: DataLoader" if "load" in name else "project: one by one"])
         print(f"| {name} | {statistics.median(rates):.0f} | {statistics.median(rates) / slow:.1f} |")

@@ -30,6 +30,11 @@ ORCA_DRAWS = "test_orca_draws_classes_and_samples_as_told"
 MONA, DIFFERENCE = (
     "test_mona_looks_one_step_ahead_then_refines_from_there", "test_the_finite_difference_agrees_with_the_exact_gradient",
 )  # fmt: skip
+RECRAFT, RECRAFT_RELEASED = "test_stage_1_by_a_plain_loop", "test_as_released_steps_through_groups_of_one_class"
+RECRAFT_SAME, RECRAFT_KEPT = (
+    "test_encoder_and_source_predictor_are_bit_identical_after_stage_1", "test_recraft_trains_the_embedder_only_and_keeps_it",
+)  # fmt: skip
+RECRAFT_NAIVE = "test_without_a_first_stage_recraft_is_naive_fine_tuning"
 NAIVE, PARTS = "test_naive_fine_tuning_takes_plain_steps", "test_baselines_train_the_parts_they_say"
 SCRATCH, BEST = (
     "test_scratch_keeps_nothing_of_the_pretrained_weights",
@@ -111,6 +116,32 @@ MUTATIONS = {
         (*TRAIN, ORCA),
         (*INIT, ORCA),
         (*DROPOUT, ORCA),
+    ],
+    "recraft.py": [
+        ("I goes down", "loss = -information if", "loss = information if", RECRAFT),
+        ("gradient of the running table not rescaled", "loss / rate)", "loss)", RECRAFT),
+        ("no running table", "(0 if pi is None else pi.detach())", "0", RECRAFT),
+        ("labels of other samples", "y_t[index].to(u_s.device)", "y_t[index.roll(1)].to(u_s.device)", RECRAFT),
+        ("--embedder-lr ignored", "lr = args.embedder_lr or (", "lr = (", RECRAFT),
+        ("--align-samples ignored", "[: args.align_samples]", "", RECRAFT),
+        ("no alignment", "take_step(optimizer, parameters, distance(", "print(optimizer, parameters, distance(", RECRAFT),
+        ("H(Z) of the target's labels", "entropy(pi.sum(0)), entropy(pi) - entropy(pi.sum(1))",
+         "entropy(pi.sum(1)), entropy(pi) - entropy(pi.sum(0))", "test_information_of_maps_that_one_knows"),
+        ("--distortion ignored", 'if args.distortion == "mutual" else h_z_given', "if True else h_z_given",
+         "test_entropy_collapses_and_mutual_information_does_not"),
+        ("rests of groups count", "if 2 * len(g) >= args.label_samples)", ")", RECRAFT_RELEASED),
+        ("the released predictor frozen", "h_s.requires_grad_(args.as_released)", "h_s", RECRAFT_RELEASED),
+        ("source predictor trains along", "h_s.requires_grad_(args.as_released)", "h_s.requires_grad_(True)", RECRAFT_SAME),
+        ("encoder in training mode", ".to(device).eval(), run.autocast)", ".to(device).train(), run.autocast)", RECRAFT_SAME),
+        ("text's softmax taken once as released", "out.softmax(1) if released and text else out", "out",
+         "test_the_source_predictor_learns_and_the_released_one_of_text_stays_flat"),
+        ("stage 2 from the untouched embedder", "rows = learn_embedder(embedder,", f"rows = learn_embedder({COPIED}(embedder),",
+         RECRAFT_KEPT),
+        ("--freeze-embedder ignored", "embedder.requires_grad_(False)", "pass", RECRAFT_KEPT),
+        ("no clipping", CLIP, "pass", RECRAFT_NAIVE),
+        (*TRAIN, RECRAFT_NAIVE),
+        (*DROPOUT, "test_recraft_passes_its_options_on"),
+        (*INIT, "test_recraft_passes_its_options_on"),
     ],
     "mona.py": [
         ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = model.embedder(x_s)", MONA),

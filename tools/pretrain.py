@@ -284,9 +284,7 @@ def read_texts(data_dir):
     if conll.exists():
         texts["conll2003"] = plain(conll.read_text())
     if not any(texts.values()):
-        raise cli.UserError(
-            f"no text in {data_dir}.\nGive the folder with text/*.zip or conll2003/train.txt: --data-dir."
-        )
+        raise cli.UserError(f"no text in {data_dir}.\nGive the folder with text/*.zip or conll2003/train.txt: --data-dir.")
     return texts
 
 
