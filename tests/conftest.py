@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import sys
@@ -80,6 +81,24 @@ def here(name, *command, out):
     return module.main(tyro.cli(module.Args, args=options))
 
 
+def fork(function, *arguments, before=lambda: None, **environment):
+    """A process that runs `function`, a copy of this one: a new one would take ten seconds for its imports."""
+
+    def work():
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        before()
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(300)
+    assert process.exitcode == 0
+
+
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 96, "--epochs", 3]
 
 
@@ -105,6 +124,14 @@ def uninterrupted(script, tmp_path_factory):
     """PaRe, three short epochs; several tests compare with it."""
     out = tmp_path_factory.mktemp("uninterrupted")
     return script("pare.py", *SHORT, *NOISE, out=out), out / "spherical-pare-tiny-swin-s0-toy"
+
+
+@pytest.fixture(scope="session")
+def naive(script, tmp_path_factory):
+    """Naive fine-tuning, one short epoch: what each method is without its first stage. Its options, and its folder."""
+    out, options = tmp_path_factory.mktemp("naive"), [*SHORT[:-1], 1, "--n-train", 64]
+    script("finetune.py", *options, "--mode", "naive", out=out)
+    return options, out / "spherical-naive-tiny-swin-s0-toy"
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""What the tests do in two processes at once, one thing after the other: the processes take longer to start than all of it.
+"""What the tests do in two processes at once: `main` in a forked process, or this file under torchrun.
 
-    torchrun --nproc_per_node=2 tests/pair.py FOLDER       or without torchrun, in one process
+    torchrun --nproc_per_node=2 tests/pair.py FOLDER
 
-FOLDER/commands.json lists the commands. Each run is copied as it stands after its first epoch, to NAME.1 beside it.
-With --sums, each process first writes what gather and average, and the first stages, give it.
+FOLDER/commands.json lists commands, which are run one after the other. Each run is copied as it stands after its first epoch,
+to NAME.1 beside it.
 """
 
 import json
@@ -79,11 +79,13 @@ def copy_after_first_epoch(end_epoch):
     return ended
 
 
-def main(folder):
+def main(folder, sums=False):
+    """sums: write what gather and average, and the first stages, give this process."""
     run.Run.end_epoch = copy_after_first_epoch(run.Run.end_epoch)
+    os.chdir(folder)
     commands = json.loads((folder / "commands.json").read_text())
     port = int(os.environ.get("MASTER_PORT", 0))
-    if "--sums" in sys.argv:
+    if sums:
         torch.distributed.init_process_group("gloo")
         torch.save([shared_sums(), meta_gradients(), alignments()], folder / f"{os.environ['RANK']}.pt")
         torch.distributed.destroy_process_group()

@@ -161,7 +161,7 @@ def test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder(tmp_path):
     reference.load_state_dict(before)
     reference.encoder.requires_grad_(False)
     reference.predictor.requires_grad_(False)
-    optimizer = torch.optim.AdamW(reference.embedder.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(reference.embedder.parameters(), args.lr, (0.9, 0.98), weight_decay=0.05)
     for epoch in range(2):
         for x, y in loaded.train.batches(2, 32, 0, epoch, stage=1):
             optimizer.zero_grad()
@@ -217,13 +217,12 @@ def test_mona_as_a_user_runs_it(script, tmp_path):
     assert rows(folder) == lines and all(torch.equal(v, before[k]) for k, v in weights(folder).items())
 
 
-def test_without_meta_epochs_mona_is_naive_fine_tuning(script, tmp_path):
-    options = [*SHORT[:-1], 1, "--n-train", 64]
+def test_without_meta_epochs_mona_is_naive_fine_tuning(script, naive, tmp_path):
+    options, folder = naive
     script("mona.py", *options, "--meta-epochs", 0, out=tmp_path)
-    script("finetune.py", *options, "--mode", "naive", out=tmp_path)
-    ours, naive = (tmp_path / f"spherical-{name}-tiny-swin-s0-toy" for name in ("mona", "naive"))
-    assert rows(ours) == rows(naive)
-    assert all(torch.equal(value, weights(naive)[name]) for name, value in weights(ours).items())
+    ours = tmp_path / "spherical-mona-tiny-swin-s0-toy"
+    assert rows(ours) == rows(folder)
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())
 
 
 def test_the_source_has_pairs_however_small_the_batch_and_whatever_its_labels(tmp_path):

@@ -66,10 +66,9 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
     assert "stage1.safetensors is empty or cut short" in script("orca.py", *options, "--resume", out=tmp_path, code=2)
 
 
-def test_without_embedder_epochs_orca_is_naive_fine_tuning(script, tmp_path):
-    options = [*SHORT[:-1], 2, "--n-train", 64]
+def test_without_embedder_epochs_orca_is_naive_fine_tuning(script, naive, tmp_path):
+    options, folder = naive
     script("orca.py", *options, "--embedder-epochs", 0, out=tmp_path)
-    script("finetune.py", *options, "--mode", "naive", out=tmp_path)
-    orca_, naive = (tmp_path / f"spherical-{name}-tiny-swin-s0-toy" for name in ("orca", "naive"))
-    assert rows(orca_) == rows(naive)
-    assert all(torch.equal(value, weights(naive)[name]) for name, value in weights(orca_).items())
+    ours = tmp_path / "spherical-orca-tiny-swin-s0-toy"
+    assert rows(ours) == rows(folder)
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())

@@ -270,10 +270,9 @@ def test_recraft_passes_its_options_on(tmp_path, monkeypatch):
     assert not torch.equal(start["copy"], start["random"])
 
 
-def test_without_a_first_stage_recraft_is_naive_fine_tuning(script, tmp_path):
-    options = [*SHORT[:-1], 1, "--n-train", 64]
+def test_without_a_first_stage_recraft_is_naive_fine_tuning(script, naive, tmp_path):
+    options, folder = naive
     script("recraft.py", *options, "--align-epochs", 0, "--label-epochs", 0, out=tmp_path)
-    script("finetune.py", *options, "--mode", "naive", out=tmp_path)
-    ours, naive = (tmp_path / f"spherical-{name}-tiny-swin-s0-toy" for name in ("recraft", "naive"))
-    assert rows(ours) == rows(naive)
-    assert all(torch.equal(value, weights(naive)[name]) for name, value in weights(ours).items())
+    ours = tmp_path / "spherical-recraft-tiny-swin-s0-toy"
+    assert rows(ours) == rows(folder)
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())

@@ -2,17 +2,16 @@
 
 import io
 import json
-import signal
-import subprocess
 import sys
 import time
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+import pair
 import pytest
 import torch
-from conftest import NOISE, ROOT, SHORT, curves, here, result, rows, weights
+from conftest import NOISE, SHORT, curves, fork, here, result, rows, weights
 from PIL import Image
 
 import backbones
@@ -141,7 +140,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_batch():
 
 
 def test_a_run_that_diverges_is_told_and_keeps_nothing(tmp_path):
-    wild = ["--task", "advection1d", "--scale", "tiny", "--n-train", 32, "--epochs", 1, "--clip", 0]
+    wild = ["--task", "advection1d", "--scale", "tiny", "--n-train", 32, "--epochs", 1, "--steps-per-epoch", 1, "--clip", 0]
     with pytest.raises(cli.UserError, match="the error on validation is nan"):  # after its last step
         here("finetune.py", *wild, "--lr", 1e30, out=tmp_path)
     with pytest.raises(cli.UserError, match="Lower --embedder-lr"):
@@ -195,12 +194,11 @@ def test_killed_in_the_middle_and_resumed_is_bit_identical(script, uninterrupted
     command = ["pare.py", *map(str, SHORT + NOISE), "--out-dir", str(tmp_path)]
     (tmp_path / "commands.json").write_text(json.dumps([command]))
     folder = tmp_path / "spherical-pare-tiny-swin-s0-toy"
-    command = [sys.executable, str(ROOT / "tests/pair.py"), str(tmp_path)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+    process = fork(pair.main, tmp_path)
+    while not (folder / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (folder / "result.json").exists() and 1 <= len(rows(folder)) < 3
     assert "resumed after epoch" in script("pare.py", *SHORT, *NOISE, "--resume", out=tmp_path)
     whole = uninterrupted[1]

@@ -1,6 +1,8 @@
 """A run in several processes, on one machine or two: the result of one process."""
 
 import contextlib
+import ctypes
+import functools
 import json
 import os
 import shutil
@@ -8,10 +10,10 @@ import socket
 import subprocess
 import sys
 
+import pair
 import pytest
 import torch
-from conftest import METHODS, ROOT, here, result, rows, weights
-from pair import alignments, meta_gradients, shared_sums
+from conftest import METHODS, ROOT, ended, fork, here, result, rows, weights
 
 import common
 
@@ -23,14 +25,10 @@ UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient
 WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
 
 
-def background(*command, **environment):
-    command, pipes = [*map(str, command)], dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in environment.items()}, **pipes)
-
-
-def ended(process):
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +39,24 @@ def two(tmp_path_factory):
     commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP]}
     commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
     (out / "commands.json").write_text(json.dumps(commands))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"
-    ended(background(*torchrun, ROOT / "tests/pair.py", out, "--sums"))
+    torchrun = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())  # as torchrun sets them
+    for process in [fork(pair.main, out, True, RANK=rank, LOCAL_RANK=rank, **torchrun) for rank in (0, 1)]:
+        ended(process)
     return out
 
 
+@pytest.mark.matrix
+def test_torchrun_gives_what_processes_of_ours_give(two, tmp_path):
+    command = ["finetune.py", *SGD, "--clip", 0, "--data-dir", "none", "--out-dir", tmp_path]
+    (tmp_path / "commands.json").write_text(json.dumps([[*map(str, command)]]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    done = subprocess.run([*torchrun, str(ROOT / "tests/pair.py"), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same(two / "finetune/spherical-naive-tiny-swin-s0-toy", tmp_path / "spherical-naive-tiny-swin-s0-toy")
+
+
 def test_both_first_stages_and_their_gradients_are_those_of_one_process(two):
-    alone = [shared_sums(), meta_gradients(), alignments()]
+    alone = [pair.shared_sums(), pair.meta_gradients(), pair.alignments()]
     for rank in range(2):
         for ours, one in zip(torch.load(two / f"{rank}.pt"), alone, strict=True):
             for a, b in zip(ours, one, strict=True):
@@ -126,16 +132,20 @@ def two_nodes():
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
+def enter(name):
+    """Move this process into a network namespace, as `ip netns exec` does."""
+    with open(f"/run/netns/{name}") as namespace:
+        assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+
+
 def test_two_nodes_give_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
     options = [*SGD, "--n-train", 64, "--epochs", 2, "--meta-epochs", 1]
-    # as torchrun --nnodes=2 sets it, whose own imports would take as long as the run
-    launch = dict(WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="10.77.0.1", MASTER_PORT=29512)
+    launch = dict(WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="10.77.0.1", MASTER_PORT=29512)  # as torchrun --nnodes=2 sets them
     with two_nodes() as names:
         (tmp_path / "commands.json").write_text(json.dumps([[*map(str, ["mona.py", *options, "--out-dir", tmp_path / "two"])]]))
-        command = sys.executable, ROOT / "tests/pair.py", tmp_path
-        nodes = [background("ip", "netns", "exec", name, *command, RANK=i, **launch) for i, name in enumerate(names)]
-        for node in nodes:
+        move = [functools.partial(enter, name) for name in names]
+        for node in [fork(pair.main, tmp_path, before=move[i], RANK=i, **launch) for i in (0, 1)]:
             ended(node)
     here("mona", *options, out=tmp_path / "one")
     name = "spherical-mona-tiny-swin-s0-toy"
