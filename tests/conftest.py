@@ -20,7 +20,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # two tests run at a time (pyproject.toml), each on one core; nothing is asked of a network
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tools/gpu.sh gives one
 torch.set_num_threads(1)
 
 import official  # noqa: E402

@@ -5,6 +5,7 @@
     python tools/bench.py data        data loading, and the projection of images onto the sphere
     python tools/bench.py topk        the relaxed top-k of PaRe's gate against the N softmaxes of the official code
     python tools/bench.py distance    ORCA's dataset distance against the computation of the official code
+    python tools/bench.py profile     the ten largest operations of a training step, and how long the device waits
     python tools/bench.py meta        a step of MoNA's stage 1, by finite differences and exact, against a fine-tuning step
 
 Except in `curve` and `data`, each candidate runs in a new process. The candidates take turns, so that neither memory use nor
@@ -49,14 +50,16 @@ matplotlib.use("Agg")
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["step", "curve", "data", "topk", "distance", "meta"], tyro.conf.Positional]
+    what: Annotated[Literal["step", "profile", "curve", "data", "topk", "distance", "meta"], tyro.conf.Positional]
     """what to measure"""
     device: Literal["cuda", "cpu"] | None = None
     """default: cuda if available"""
     scale: Literal["tiny", "full"] = "tiny"
-    """step: full is Swin-B at 224 x 224 with random weights; each row takes minutes on a CPU"""
+    """step, profile: full is Swin-B at 224 x 224 with random weights; each row takes minutes on a CPU"""
     methods: tuple[str, ...] = ("pare", "orca", "mona", "finetune")
-    """step: the methods to measure"""
+    """step, profile: the methods to measure"""
+    changes: tuple[str, ...] = ("bf16", "fused attention", "compile", "data on the device", "stacked pass")
+    """step: what is added to the official setup, one after the other; fewer for a quick look"""
     steps: int | None = None
     """step: timed steps per process; default 20, at full scale on a CPU 1. curve: training steps; default 200"""
     workers: int = min(4, os.cpu_count())
@@ -571,8 +574,9 @@ def steps(args):
                 jobs[PARTS[method], way] = one_alignment, (way, args.scale, min(timed, 3))
             continue
         have = ()
+        # no bf16 in stage 1 of MoNA, which subtracts nearly equal numbers
         rungs = {"pare": LADDER, "mona": ("finite difference", *LADDER[1:-1]), "finetune": LADDER[:-1]}[method]
-        for rung in (FIRST, *rungs):  # no bf16 in stage 1 of MoNA, which subtracts nearly equal numbers
+        for rung in (FIRST, *(rung for rung in rungs if rung not in LADDER or rung in args.changes)):
             label = rung if rung == FIRST else f"+ {rung}"
             with_it = have if rung == FIRST else (*have, rung)
             jobs[PARTS[method], label] = one_rung, (method, args.scale, with_it, args.batch_size, timed, args.workers)
@@ -679,7 +683,39 @@ def loading(args):
         print(f"| {name} | {statistics.median(rates):.0f} | {statistics.median(rates) / slow:.1f} |")
 
 
-COMMANDS = {"step": steps, "curve": curve, "data": loading, "topk": topk, "distance": distance, "meta": meta}
+def profile(args, steps=3):
+    """Print the largest operations of a step of each method as its file runs it, and the time in which the device waits."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    have = ("data on the device", "stacked pass", "finite difference") + ("bf16",) * (device.type == "cuda")
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    for method in args.methods:
+        settings, _, step = build(method, args.scale, have, device)
+        B = args.batch_size or settings.batch_size
+        batches = zip(*(split.batches(3 + steps, B, 0, 0) for split in make_splits(method, device)), strict=True)
+        for _ in range(3):
+            step(*itertools.chain(*next(batches)))
+        with torch.profiler.profile(activities=kinds) as profiler:
+            start = time.perf_counter()
+            for _ in range(steps):
+                step(*itertools.chain(*next(batches)))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            wall = 1e3 * (time.perf_counter() - start) / steps
+        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, own))
+        busy = sum(getattr(row, own) for row in rows) / 1e3 / steps
+        print(f"A step of {PARTS[method]}, {args.scale} scale, batch {B}, eager, {machine()}: {wall:.1f} ms,",
+              f"of which the device waits {max(0, wall - busy):.1f}\n")  # fmt: skip
+        print("| operation | calls | ms | share |\n|---|---|---|---|")
+        for row in rows[:10]:
+            ms = getattr(row, own) / 1e3 / steps
+            print(f"| {row.key[:60]} | {row.count / steps:.0f} | {ms:.2f} | {ms / busy:.1%} |")
+        print()
+
+
+COMMANDS = {
+    "step": steps, "profile": profile, "curve": curve, "data": loading, "topk": topk, "distance": distance, "meta": meta,
+}  # fmt: skip
 
 
 def main(args):

@@ -41,7 +41,7 @@ class Images:
     data_dir: str = "datasets"
     """folder with tiny-imagenet-200/ or its zip files"""
     out: str = "weights/tiny-swin"
-    """OUT.safetensors (fp16) and OUT.md are written after each epoch"""
+    """OUT.safetensors (fp16) and OUT.md are written after each epoch; an interrupted training resumes from OUT.part"""
     size: int = 32
     """input size in pixels; Tiny-ImageNet images have 64"""
     window: int = 4
@@ -104,6 +104,31 @@ class Text:
     """steps between checkpoints"""
     compile: bool = True
     """torch.compile; needs a C++ compiler on the CPU"""
+
+
+def keep(path, args, model, optimizer, schedule, done, seconds):
+    """Write what `resume` needs: the state after `done` epochs or steps, which took `seconds`."""
+    state = {"args": asdict(args), "done": done, "seconds": seconds}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getvalue())
+
+
+def resume(path, args, model, optimizer, schedule, device):
+    """Load what `keep` wrote, if there is any: epochs or steps done, seconds they took.
+
+    Raises UserError if the file belongs to other options.
+    """
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, map_location=device, weights_only=True)
+    if state["args"] != asdict(args):
+        raise cli.UserError(f"{path} belongs to other options.\nUse the same options, or remove it to start over.")
+    for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+        part.load_state_dict(state[name])
+    print(f"resumed after {state['done']}")
+    return state["done"], state["seconds"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,16 +222,21 @@ def images(args):
             "n_val": len(val),
             "command": "python " + " ".join(sys.argv),
             "epoch": epoch + 1,
-            "hours": (time.time() - start) / 3600,
+            "hours": (before + time.time() - start) / 3600,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores",
             "torch": torch.__version__,
             "top1": score,
             "megabytes": path.stat().st_size / 1e6,
         }
         path.with_suffix(".md").write_text(CARD.format(**card))
+        if epoch + 1 < args.epochs:
+            keep(part, args, model, optimizer, schedule, epoch + 1, before + time.time() - start)
         return score
 
-    for epoch in range(args.epochs):
+    part = Path(args.out).with_suffix(".part")
+    first, before = resume(part, args, model, optimizer, schedule, device)
+    for epoch in range(first, args.epochs):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # a resumed training draws the same
         model.train()
         losses = torch.zeros(steps, device=device)
         for step, (x, y) in enumerate(
@@ -228,6 +258,7 @@ def images(args):
         print(
             f"epoch {epoch + 1:3d}  loss {losses.mean():.3f}  top-1 {save(epoch):.3f}  {time.time() - start:.0f} s", flush=True
         )
+    part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,32 +475,11 @@ def text(args):
             "megabytes": path.stat().st_size / 1e6,
         }  # fmt: skip
         path.with_suffix(".md").write_text(TEXT_CARD.format(**card))
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                "args": asdict(args),
-                "step": step,
-                "seconds": time.time() - start + before,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            },
-            buffer,
-        )
-        write(path.with_suffix(".part"), buffer.getvalue())
+        keep(part, args, model, optimizer, schedule, step, time.time() - start + before)
         return scores
 
-    first, before = 0, 0.0
-    if path.with_suffix(".part").exists():
-        state = torch.load(path.with_suffix(".part"), map_location=device, weights_only=True)
-        if state["args"] != asdict(args):
-            raise cli.UserError(
-                f"{path.with_suffix('.part')} belongs to other options.\nUse the same options, or remove it to start over."
-            )
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(state[name])
-        first, before = state["step"], state["seconds"]
-        print(f"resumed after step {first}")
+    part = path.with_suffix(".part")
+    first, before = resume(part, args, model, optimizer, schedule, device)
     model.train()
     losses = []
     for step in tqdm(range(first, args.steps), "steps", leave=False, disable=None):
@@ -495,7 +505,7 @@ def text(args):
             print(f"step {step + 1:6d}  loss {torch.stack(losses).mean():.3f}  held out {scores['loss']:.3f}, accuracy "
                   f"{scores['accuracy']:.3f}  {time.time() - start + before:.0f} s", flush=True)  # fmt: skip
             losses = []
-    path.with_suffix(".part").unlink(missing_ok=True)
+    part.unlink(missing_ok=True)
 
 
 def main(args):

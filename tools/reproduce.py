@@ -10,6 +10,7 @@ imports take most of the time of a short run.
 
 import csv
 import importlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -45,8 +46,8 @@ matplotlib.use("Agg")
 
 # imported once, for all runs: the method files, what they import lazily, and this file
 PRELOAD = ("pare", "orca", "mona", "recraft", "finetune", "timm", "transformers", "sklearn.cluster", "tools.reproduce")
-COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source",
-           "lr", "epochs", "steps", "best_epoch", "n_train", "seconds", "device", "torch", "commit")  # fmt: skip
+COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source", "lr",
+           "epochs", "steps", "best_epoch", "n_train", "seconds", "device", "torch", "commit", "options")  # fmt: skip
 
 # Published at full scale in the ORCA, MoNA and PaRe papers. 0-1 errors (cifar100, spherical, ninapro, satellite) are fractions.
 PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
@@ -79,6 +80,8 @@ class Args:
     """folder with the official files"""
     out_dir: str = "runs"
     """output folder; the runs of a variant are in its subfolder of that name. Use one --out-dir for each set of options"""
+    known: str = ""
+    """a results.csv of earlier runs: what has a row there, with the same options, is not run again"""
     options: str = ""
     """additional options for all runs, known to all methods; with an equals sign: --options="--epochs 2" """
     jobs: int = 2
@@ -160,6 +163,12 @@ def start(args, task, method, seed, device, context):
     return True
 
 
+def options_of(chosen):
+    """The column "options" of results.csv: what all runs of a task were given in addition. Of a dict or Args."""
+    n_train = chosen["n_train"]
+    return " ".join([f"--n-train {n_train}"] * bool(n_train) + [chosen["options"]] * bool(chosen["options"]))
+
+
 def same_options(args):
     """Refuse an --out-dir with runs of a task with other options (UserError): they would be mistaken for the new ones."""
     note = Path(args.out_dir) / "options.json"
@@ -179,16 +188,39 @@ def read(file):
     return row | ({"method": variant} if "-" in variant and variant in METHODS else {})
 
 
-def collect(out_dir):
-    """The rows of results.csv: the finished runs in `out_dir` and the folders of variants; real data replace toys."""
-    rows = {}
+def collect(out_dir, known=""):
+    """The rows of results.csv: the finished runs in `out_dir` and the folders of variants; real data replace toys.
+
+    known: a results.csv, whose rows come first.
+    """
+    rows, numbers = {}, {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int}
+    note = Path(out_dir) / "options.json"
+    chosen = json.loads(note.read_text()) if note.exists() else {}
+    if known and Path(known).exists():
+        with open(known) as file:
+            for row in csv.DictReader(file):
+                row = {name: row.get(name) for name in COLUMNS} | {name: kind(row[name]) for name, kind in numbers.items()}
+                rows[row["task"], row["method"], row["seed"]] = row
     variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
         row = read(file)
         key = row["task"], row["method"], row["seed"]
         if key not in rows or rows[key]["data"] == "toy":
+            row["options"] = options_of(chosen[row["task"]]) if row["task"] in chosen else ""
             rows[key] = {name: row.get(name) for name in COLUMNS}
     return list(rows.values())
+
+
+def save(args):
+    """Write OUT_DIR/results.csv, after each run: what was stopped has lost nothing. Returns its rows."""
+    rows, text = collect(args.out_dir, args.known), io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if rows:
+        with STARTING:
+            write(Path(args.out_dir) / "results.csv", text.getvalue().encode())
+    return rows
 
 
 def spread(values):
@@ -308,12 +340,18 @@ def main(args):
     for slot in range(args.jobs):
         devices.put(gpus[slot % len(gpus)])
 
+    ours = options_of(vars(args))
+    known = {(row["task"], row["method"], row["seed"]) for row in collect(args.out_dir, args.known) if row["options"] == ours}
+
     def run(task, method, seed):
+        if (task, method, seed) in known:
+            return True
         device = devices.get()
         try:
             return start(args, task, method, seed, device, context)
         finally:
             devices.put(device)
+            save(args)
 
     for out in {folder(args.out_dir, method) for method in args.methods} - {Path(args.out_dir)}:  # share prepared data
         out.mkdir(parents=True, exist_ok=True)
@@ -323,12 +361,7 @@ def main(args):
     wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # seed 0 of all tasks and methods comes first
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
-    everything = collect(args.out_dir)
-    if rows := [row for row in everything if row["task"] in args.tasks]:
-        with (Path(args.out_dir) / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(everything)
+    if rows := [row for row in save(args) if row["task"] in args.tasks]:
         rows.sort(key=lambda row: args.tasks.index(row["task"]))
         for task in dict.fromkeys(row["task"] for row in rows):
             table(rows, task)
