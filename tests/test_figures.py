@@ -208,6 +208,13 @@ def test_curves_groups_the_seeds_of_a_method(use, runs):
     assert groups["naive"] == [lines] and len(lines) == 2
 
 
+def test_budget_shows_how_far_training_has_levelled_off(use, runs, capsys):
+    found = use("budget", runs / PARE, runs / NAIVE)
+    val = [json.loads(line)["val"] for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "naive, batch" in line)
+    assert [len(names) for names in found.values()] == [2] and f"| {min(val):.4f} | {1 - min(val) / min(val[:2]):.0%} |" in line
+
+
 def test_the_other_pictures_can_be_drawn(use, runs, monkeypatch, capsys):
     monkeypatch.setitem(figures.COMMANDS, "landscape", (2, 2, functools.partial(figures.landscape, side=3, n=8)))
     left, right = use("landscape", runs / PARE, runs / NAIVE)

@@ -50,7 +50,7 @@ def test_all_steps_run_on_a_cpu_and_a_killed_script_goes_on(tmp_path):
     assert (out / "tests.json").stat().st_mtime_ns == before and "tests            done" in said
     rows = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert rows.keys() == STEPS and all(row["device"] == "cpu" and row["output"] for row in rows.values())
-    assert any("| pare | + bf16" in line for line in rows["step-pare"]["output"])
+    assert any("| pare | fp32, eager" in line for line in rows["step-pare"]["output"])
     assert any(line.startswith("test error") for line in rows["run-mona"]["output"])
 
 

@@ -3,6 +3,7 @@
     python tools/figures.py idea                  the idea of PaRe on a toy image
     python tools/figures.py pde                   one simulated sample of each PDE task
     python tools/figures.py curves RUN...         training loss and validation metric over the epochs
+    python tools/figures.py budget RUN...         validation metric over the optimizer steps, a panel for each task
 
 Figures of the PaRe paper (RUN: a run of pare.py, except for landscape):
 
@@ -62,7 +63,7 @@ matplotlib.use("Agg")
 @dataclass(frozen=True)
 class Args:
     what: Annotated[
-        Literal["idea", "pde", "curves", "landscape", "path", "embeddings", "patches", "gate",
+        Literal["idea", "pde", "curves", "budget", "landscape", "path", "embeddings", "patches", "gate",
                 "probe", "source", "forgetting", "discrepancy", "ablation"],
         tyro.conf.Positional,
     ]  # fmt: skip
@@ -343,6 +344,32 @@ def curves(args):
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title=title)
     save(figure, args)
     return groups
+
+
+def budget(args):
+    """Has training levelled off? Prints how much of the error the last fifth of each run took away."""
+    tasks = {}
+    for run in args.runs:
+        result, options = finished(run), json.loads((Path(run) / "args.json").read_text())
+        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        val = [row["val"] for row in rows if "stage" not in row]
+        steps = np.arange(1, len(val) + 1) * result["steps"] / len(val)
+        name = f"{result['variant']}, batch {options['batch_size']}, lr {options['lr']:g}, {result['n_train']:,} samples"
+        tasks.setdefault(result["task"], []).append((name, steps, val, result))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    print("| task | run | steps | minutes | validation | gain in the last fifth | test |\n|---|---|---|---|---|---|---|")
+    for axis, (task, curves_of) in zip(axes[0], tasks.items(), strict=True):
+        for colour, (name, steps, val, result) in zip(itertools.cycle(COLOURS), curves_of, strict=False):
+            axis.plot(steps, val, color=colour, linewidth=1.8, label=name)
+            before, last = min(val[: round(0.8 * len(val))]), min(val)
+            print(f"| {task} | {name} | {result['steps']:,} | {result['seconds'] / 60:.0f} | {last:.4f} |",
+                  f"{1 - last / before:.0%} | {result['test']:.4f} |")  # fmt: skip
+        axis.set(xlabel="optimizer steps", yscale="log")
+        axis.set_title(f"{task}: {curves_of[0][3]['metric']} on validation", fontsize=11)
+        axis.legend(fontsize=7, frameon=False)
+    plain(*axes[0])
+    save(figure, args)
+    return {task: [name for name, *_ in curves_of] for task, curves_of in tasks.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -776,9 +803,9 @@ def ablation(args):
 MANY = 999
 # what: smallest and largest number of arguments after it, function
 COMMANDS = {
-    "idea": (0, 0, idea), "pde": (0, 0, fields), "curves": (1, MANY, curves), "landscape": (2, 2, landscape),
-    "path": (1, 1, path), "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches), "gate": (0, 0, gate),
-    "probe": (1, MANY, probe), "source": (1, MANY, source_features), "forgetting": (1, MANY, forgetting),
+    "idea": (0, 0, idea), "pde": (0, 0, fields), "curves": (1, MANY, curves), "budget": (1, MANY, budget),
+    "landscape": (2, 2, landscape), "path": (1, 1, path), "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches),
+    "gate": (0, 0, gate), "probe": (1, MANY, probe), "source": (1, MANY, source_features), "forgetting": (1, MANY, forgetting),
     "discrepancy": (0, MANY, discrepancy), "ablation": (0, 0, ablation),
 }  # fmt: skip
 
