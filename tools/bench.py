@@ -135,6 +135,13 @@ def one_step(operator):
     return statistics.median(times), peak() - before
 
 
+def new_processes():
+    """A context for processes that begin with the libraries imported, and nothing else of this one."""
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(("torch", "timm", "transformers", "matplotlib.pyplot", "tyro", "ot"))
+    return context
+
+
 def machine():
     cpu = f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
     return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}"
@@ -142,7 +149,7 @@ def machine():
 
 def topk(args):
     seconds, memory = {name: [] for name in OPERATORS}, {name: [] for name in OPERATORS}
-    context = multiprocessing.get_context("spawn")
+    context = new_processes()
     for _ in range(args.rounds):
         for name in OPERATORS:
             with context.Pool(1) as pool:
@@ -262,7 +269,7 @@ def distance(args):
         "| source samples | width | distance | seconds | times faster | value | against exact | gradient: cosine with exact |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    context = multiprocessing.get_context("spawn")
+    context = new_processes()
     for n, D in itertools.product(args.samples, (128, 768)):
         results = {name: [] for name in DISTANCES}
         for _ in range(args.rounds):
@@ -333,7 +340,7 @@ def one_meta_step(way, backbone, B):
 def meta(args):
     ways, B = ("fine-tuning step", "finite-difference", "exact"), args.batch_size or 32
     results = {way: [] for way in ways}
-    context = multiprocessing.get_context("spawn")
+    context = new_processes()
     for _ in range(args.rounds):
         for way in ways:
             with context.Pool(1) as pool:
@@ -585,7 +592,7 @@ def steps(args):
             else:
                 have = with_it
     results = {job: [] for job in jobs}
-    context = multiprocessing.get_context("spawn")
+    context = new_processes()
     for _ in range(args.rounds):
         for job, (function, arguments) in jobs.items():
             with ProcessPoolExecutor(1, context) as pool:  # unlike Pool, allows the workers of a DataLoader
