@@ -58,7 +58,7 @@ class Args:
     checkpoint: bool = False
     """activation checkpointing, for small GPUs: recompute activations in the backward pass. Not in MoNA's stage 1"""
     steps_per_epoch: int | None = None
-    """optimizer steps in an epoch. Default: one pass over the samples (full, toys), as many as the kind of task needs (tiny)"""
+    """optimizer steps in an epoch. Default: one pass over the samples (full), as many as the kind of task needs (tiny)"""
     epochs: int | None = None
     """rounds of training, each followed by validation. Default, as of the rest: the task's recipe (full: the published one)"""
     n_train: int | None = None

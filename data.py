@@ -28,7 +28,7 @@ import numpy as np
 from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
 from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present
-from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, Recipe
+from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
@@ -233,7 +233,7 @@ PROXIES = table((
 ))  # fmt: skip
 
 
-TOY_TRAIN, TOY_TEST = 900, 500
+TOY_TRAIN, TOY_TEST = 3000, 500
 SOURCE_SAMPLES = 5000  # as in the official codes
 LARGEST = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
 
@@ -354,11 +354,17 @@ class Split:
     def batches_in_epoch(self, args):
         """Micro-batches in an epoch: `steps_per_epoch` optimizer steps of `accumulate` each.
 
-        Default: one pass over the training samples (full scale, toys); as many as the kind of task needs (tiny scale).
+        Default: one pass over the training samples (full scale); as many as the kind of task needs (tiny scale); for toys one
+        pass, but at most TOY_STEPS.
         """
-        fixed = args.scale == "tiny" and self.kind != "toy"
-        steps = args.steps_per_epoch or (TINY_STEPS[find_task(self.name).kind] if fixed else None)
-        return args.accumulate * steps if steps else max(1, len(self) // args.batch_size)
+        if args.steps_per_epoch:
+            return args.accumulate * args.steps_per_epoch
+        one_pass = max(1, len(self) // args.batch_size)
+        if args.scale == "full":
+            return one_pass
+        if self.kind == "toy":
+            return min(one_pass, args.accumulate * TOY_STEPS)
+        return args.accumulate * TINY_STEPS[find_task(self.name).kind]
 
     def plan(self, steps, batch_size, seed, epoch, stage=2):
         """The samples of every step of an epoch (steps, batch_size) and the draws that augment them (steps, batch_size, draws).

@@ -178,3 +178,4 @@ TINY_RECIPES = {
     "tables": replace(TINY, lr=1e-3),
 }
 TINY_STEPS = {"images": 100, "2D fields": 100, "series": 150, "1D fields": 100, "tables": 25}
+TOY_STEPS = 13  # a demonstration: PaRe ends within two minutes

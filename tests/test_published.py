@@ -53,6 +53,7 @@ def test_an_epoch_is_a_number_of_steps_at_the_tiny_scale_and_a_pass_elsewhere():
     assert batches("satellite", "tiny") == batches("satellite", "tiny", n=9) == data.TINY_STEPS["series"]
     assert batches("satellite", "tiny", accumulate=4) == 4 * data.TINY_STEPS["series"]
     assert batches("satellite", "tiny", "toy", n=96, batch_size=32) == 3
+    assert batches("satellite", "tiny", "toy", n=9600) == published.TOY_STEPS
     assert batches("satellite", "tiny", "toy", n=96, steps_per_epoch=5) == 5
 
 
