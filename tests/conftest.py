@@ -36,7 +36,7 @@ curves, run.curves = run.curves, lambda *_: b"a picture"  # drawing takes a thir
 METHODS = ["pare", "orca", "mona", "recraft", "finetune"]
 
 
-SLOWEST = "run_processes reproduce run mona matrix wiring figures fuzz run_folder orca readme pare".split()
+SLOWEST = "run_processes reproduce run matrix mona wiring fuzz recraft figures run_folder orca pde oracle pare".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -100,7 +100,7 @@ def ended(process):
     assert process.exitcode == 0
 
 
-SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 96, "--epochs", 3]
+SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
 
 
 def result(folder):

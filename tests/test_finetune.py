@@ -9,7 +9,16 @@ import common
 
 @pytest.mark.parametrize("mode", ["naive", "scratch", "frozen", "warmup", "probe"])
 def test_each_baseline_learns_and_trains_what_it_says(tmp_path, mode):
-    here("finetune.py", *SHORT, "--mode", mode, *(["--warmup-share", 1] if mode == "warmup" else []), out=tmp_path)
+    here(
+        "finetune.py",
+        *SHORT,
+        "--n-train",
+        96,
+        "--mode",
+        mode,
+        *(["--warmup-share", 1] if mode == "warmup" else []),
+        out=tmp_path,
+    )
     folder = tmp_path / f"spherical-{mode}-tiny-swin-s0-toy"
     assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"]
     assert result(folder)["method"] == mode and result(folder)["source"] is None

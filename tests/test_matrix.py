@@ -16,7 +16,7 @@ LARGE = ("psicov", "deepsea", "fsd50k")
 def run(method, task, tmp_path, monkeypatch):
     module = importlib.import_module(method)
     monkeypatch.setattr(data, "TOY_TEST", 6 if task in LARGE else 30)
-    options = dict(n_train=8, batch_size=4, accumulate=1) if task in LARGE else dict(n_train=32, batch_size=16)
+    options = dict(n_train=8, batch_size=4, accumulate=1) if task in LARGE else dict(n_train=16, batch_size=8)
     if method == "orca":
         options |= dict(embedder_epochs=3, source_samples=40)
     if method == "mona":

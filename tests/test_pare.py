@@ -180,7 +180,7 @@ def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
     history, r = rows(folder), result(folder)
     assert history[-1]["loss"] < history[0]["loss"] and [row["k"] for row in history] == [41, 27, 13]
     assert [round(row["lambda"], 3) for row in history] == [1.0, round(27 / 41, 3), round(13 / 41, 3)]
-    assert r["data"] == "toy" and r["source"] == "tiny_imagenet" and r["n_train"] == 96 and r["method"] == "pare"
+    assert r["data"] == "toy" and r["source"] == "tiny_imagenet" and r["n_train"] == 64 and r["method"] == "pare"
     assert r["val"] == min(row["val"] for row in history) == history[r["best_epoch"] - 1]["val"]
     assert 0 <= r["test"] <= 1 and r["samples_per_second"] > 0 and r["direction"] == "min"
     args = json.loads((folder / "args.json").read_text())

@@ -156,9 +156,9 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
 
     counter = CompileCounter()
     swin = backbones.build_swin(
-        img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2), num_classes=0
+        img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(2,), num_heads=(2,), num_classes=0
     )
-    model = common.Model(common.Embedder2d(3, 8, 32), backbones.SwinEncoder(swin), common.ClassPredictor(16, 10))
+    model = common.Model(common.Embedder2d(3, 8, 32), backbones.SwinEncoder(swin), common.ClassPredictor(8, 10))
     model.encoder.compile(dynamic=False, backend=counter)
     x, y, tokens_s = torch.randn(4, 3, 32, 32), torch.arange(4), torch.randn(4, 64, 8)
     loss = torch.nn.functional.cross_entropy

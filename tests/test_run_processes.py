@@ -17,7 +17,7 @@ from conftest import METHODS, ROOT, ended, fork, here, result, rows, weights
 
 import common
 
-SGD = "--task spherical --scale tiny --n-train 96 --epochs 1 --optimizer sgd --lr 0.05".split()
+SGD = "--task spherical --scale tiny --n-train 64 --epochs 1 --optimizer sgd --lr 0.05".split()
 FIRST = {  # stages
     "orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1], "recraft": ["--align-epochs", 2, "--label-epochs", 1],
 }  # fmt: skip

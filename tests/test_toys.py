@@ -12,8 +12,10 @@ from tasks import toys
 
 
 @pytest.mark.parametrize("name", [*data.TASKS, "openml31"])
-def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys):
-    loaded = data.load(name, tmp_path, tmp_path, "tiny", n_train=40)
+def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys, monkeypatch):
+    n = 9 if name in ("psicov", "deepsea", "fsd50k") else 40  # large samples
+    monkeypatch.setattr(data, "TOY_TEST", 16)
+    loaded = data.load(name, tmp_path, tmp_path, "tiny", n_train=n)
     kind, said = ("simulated", "SIMULATED") if loaded.task.simulate else ("toy", "TOY DATA")
     assert loaded.train.kind == kind and said in capsys.readouterr().out
     task, train = loaded.task, loaded.train
@@ -30,7 +32,7 @@ def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys):
     assert math.isfinite(
         task.score(RNG.normal(size=(len(index), *train.output)).astype("f"), loaded.test.targets(index).numpy())
     )
-    again = data.load(name, tmp_path, tmp_path, "tiny", n_train=40)
+    again = data.load(name, tmp_path, tmp_path, "tiny", n_train=n)
     assert torch.equal(next(again.train.batches(1, 8, 0, 0))[0], x)
 
 
