@@ -220,7 +220,7 @@ def test_mona_as_a_user_runs_it(script, tmp_path):
 def test_without_meta_epochs_mona_is_naive_fine_tuning(script, naive, tmp_path):
     options, folder = naive
     script("mona.py", *options, "--meta-epochs", 0, out=tmp_path)
-    ours = tmp_path / "spherical-mona-tiny-swin-s0-toy"
+    ours = tmp_path / "satellite-mona-tiny-roberta-s0-toy"
     assert rows(ours) == rows(folder)
     assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())
 

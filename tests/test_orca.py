@@ -69,6 +69,6 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
 def test_without_embedder_epochs_orca_is_naive_fine_tuning(script, naive, tmp_path):
     options, folder = naive
     script("orca.py", *options, "--embedder-epochs", 0, out=tmp_path)
-    ours = tmp_path / "spherical-orca-tiny-swin-s0-toy"
+    ours = tmp_path / "satellite-orca-tiny-roberta-s0-toy"
     assert rows(ours) == rows(folder)
     assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())
