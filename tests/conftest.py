@@ -1,9 +1,9 @@
-"""The tests need no network, no GPU and no data: everything runs on toy images and on small files made here."""
+"""The tests need no network, no GPU and no data: everything runs on toy images and on small files made here.
 
-import importlib
+The process that starts the workers reads this file, too: what takes seconds to import waits, in helpers.py.
+"""
+
 import io
-import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -12,29 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # two tests run at a time (pyproject.toml), each on one core; nothing is asked of a network
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tools/gpu.sh gives one
-torch.set_num_threads(1)
-
-import official  # noqa: E402
-
-import common  # noqa: E402
-import data  # noqa: E402
-import run  # noqa: E402
-
-data.TOY_TEST = 100  # toy images to test on: 500 take longer than the training
-data.TINY_STEPS = dict.fromkeys(data.TINY_STEPS, 2)  # optimizer steps in an epoch
-curves, run.curves = run.curves, lambda *_: b"a picture"  # drawing takes a third of a short run; test_run.py tests it
-METHODS = ["pare", "orca", "mona", "recraft", "finetune"]
-
 
 SLOWEST = "run_processes reproduce run matrix mona wiring fuzz recraft figures run_folder orca pde oracle pare".split()
 
@@ -48,6 +32,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def same_files():
     """The small official files of a test are the same in whatever order the tests run."""
+    import helpers  # noqa: F401  short runs, in every test
+    import numpy as np
+    import official
+
     official.RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
@@ -75,54 +63,11 @@ def script(tmp_path_factory):
     return run
 
 
-def here(name, *command, out):
-    """The same without the command line: `main` is called, and a UserError is raised."""
-    module = importlib.import_module(name.removesuffix(".py"))
-    options = [*map(str, command), "--data-dir", str(out / "none"), "--out-dir", str(out)]
-    return module.main(tyro.cli(module.Args, args=options))
-
-
-def fork(function, *arguments, before=lambda: None, **environment):
-    """A process that runs `function`, a copy of this one: a new one would take ten seconds for its imports."""
-
-    def work():
-        os.environ.update({name: str(value) for name, value in environment.items()})
-        before()
-        function(*arguments)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def ended(process):
-    process.join(300)
-    assert process.exitcode == 0
-
-
-SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
-
-
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
-def weights(folder):
-    return torch.load(folder / "last.pt", weights_only=True)["net"]
-
-
-def rows(folder):
-    """metrics.jsonl without the times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
-
-
-NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
-
-
 @pytest.fixture(scope="session")
 def uninterrupted(script, tmp_path_factory):
     """PaRe, three short epochs; several tests compare with it."""
+    from helpers import NOISE, SHORT
+
     out = tmp_path_factory.mktemp("uninterrupted")
     return script("pare.py", *SHORT, *NOISE, out=out), out / "spherical-pare-tiny-swin-s0-toy"
 
@@ -138,11 +83,15 @@ def naive(script, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def swin():
+    import common
+
     return common.load_source("tiny-swin")
 
 
 @pytest.fixture(scope="session")
 def roberta():
+    import common
+
     return common.load_source("tiny-roberta")
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import ROOT
 
 import backbones
 import common

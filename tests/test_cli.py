@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, ROOT, here
+from helpers import METHODS, ROOT, here
 
 import cli
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import here, result, weights
+from helpers import here, result, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from official import write_cifar100
 
 import cli

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import here
+from helpers import here
 from PIL import Image
 
 import cli

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHORT, here, result, rows, weights
+from helpers import SHORT, here, result, rows, weights
 
 import common
 

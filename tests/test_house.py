@@ -5,7 +5,7 @@ import difflib
 import re
 
 import pytest
-from conftest import METHODS, ROOT
+from helpers import METHODS, ROOT
 
 # what each file may import of ours, from the bottom up; a root file that is not named here is a method
 ROOMS = {f"tasks.{room}": {"cli", "tasks.files"} for room in ("files", "scores", "published", "pde")}

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from conftest import METHODS
+from helpers import METHODS
 
 import data
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, here, result, rows, weights
+from helpers import SHORT, here, result, rows, weights
 from safetensors.torch import load_file
 from torch.func import functional_call
 

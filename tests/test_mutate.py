@@ -1,6 +1,6 @@
 """The table of tools/mutate.py follows the code and the tests."""
 
-from conftest import METHODS
+from helpers import METHODS
 
 from tools import mutate
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHORT, result, rows, weights
+from helpers import SHORT, result, rows, weights
 from safetensors.torch import load_file
 
 import common

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import SHORT, here, result, rows, weights
+from helpers import SHORT, here, result, rows, weights
 from safetensors.torch import load_file
 
 import common

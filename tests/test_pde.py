@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 

@@ -4,7 +4,7 @@ import csv
 import re
 
 import numpy as np
-from conftest import ROOT, result
+from helpers import ROOT, result
 
 import data
 from tools import reproduce

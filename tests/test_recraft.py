@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, rows, weights
+from helpers import SHORT, rows, weights
 from safetensors.torch import load_file
 from torch import nn
 

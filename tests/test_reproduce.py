@@ -14,7 +14,7 @@ from tools import references, reproduce
 
 
 def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path):
-    few = ["--tasks", "openml1510", "--n-train", 64, "--options=--epochs 1"]
+    few = ["--tasks", "openml1510", "--n-train", 32, "--options=--epochs 1"]
     command = ["tools/reproduce.py", "--methods", "naive-random", "--seeds", 2, *few]
     table = script(*command, out=tmp_path)
     files = sorted(tmp_path.glob("naive-random/*/result.json"))
@@ -54,7 +54,7 @@ def test_the_profile_compares_with_the_best_on_each_task(tmp_path):
 
 
 def test_a_variant_differs_from_its_method_in_what_it_says(script, tmp_path):
-    few = ["--tasks", "cifar100", "--n-train", 64, "--options=--epochs 1 --batch-size 16", "--seeds", 1]
+    few = ["--tasks", "cifar100", "--n-train", 32, "--options=--epochs 1 --batch-size 16", "--seeds", 1]
     variants = ["pare-highest", "pare-frozen-gate", "orca-freeze-embedder", "naive-test"]
     script("tools/reproduce.py", "--methods", "pare", *variants, *few, out=tmp_path)
     last = lambda variant, name: torch.load(tmp_path / variant / f"cifar100-{name}-tiny-swin-s0-toy/last.pt")

@@ -11,7 +11,7 @@ import numpy as np
 import pair
 import pytest
 import torch
-from conftest import NOISE, SHORT, curves, fork, here, result, rows, weights
+from helpers import NOISE, SHORT, curves, fork, here, result, rows, weights
 from PIL import Image
 
 import backbones

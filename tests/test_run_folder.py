@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import tyro
-from conftest import METHODS, ROOT, here, result, weights
+from helpers import METHODS, ROOT, here, result, weights
 from safetensors.torch import load_file
 
 import cli

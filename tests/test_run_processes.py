@@ -13,7 +13,7 @@ import sys
 import pair
 import pytest
 import torch
-from conftest import METHODS, ROOT, ended, fork, here, result, rows, weights
+from helpers import METHODS, ROOT, ended, fork, here, result, rows, weights
 
 import common
 

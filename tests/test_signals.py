@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from official import Bomb, dev, full, write_deepsea, write_ecg, write_fsd50k, write_ninapro, write_satellite
 from scipy.io import wavfile
 

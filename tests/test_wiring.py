@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import here, rows, weights
+from helpers import here, rows, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linprog

@@ -1,0 +1,62 @@
+"""What the tests share beside the fixtures of conftest.py, and what they change so that a run takes a second."""
+
+import importlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import torch
+import tyro
+
+import data
+import run
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ["pare", "orca", "mona", "recraft", "finetune"]
+SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
+NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
+
+torch.set_num_threads(1)
+data.TOY_TEST = 100  # toy images to test on: 500 take longer than the training
+data.TINY_STEPS = dict.fromkeys(data.TINY_STEPS, 2)  # optimizer steps in an epoch
+curves, run.curves = run.curves, lambda *_: b"a picture"  # drawing takes a third of a short run; test_run.py tests it
+
+
+def here(name, *command, out):
+    """The same without the command line: `main` is called, and a UserError is raised."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    options = [*map(str, command), "--data-dir", str(out / "none"), "--out-dir", str(out)]
+    return module.main(tyro.cli(module.Args, args=options))
+
+
+def fork(function, *arguments, before=lambda: None, **environment):
+    """A process that runs `function`, a copy of this one: a new one would take ten seconds for its imports."""
+
+    def work():
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        before()
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["net"]
+
+
+def rows(folder):
+    """metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
