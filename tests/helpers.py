@@ -4,15 +4,15 @@ import importlib
 import json
 import multiprocessing
 import os
-from pathlib import Path
 
 import torch
 import tyro
+from conftest import ROOT  # which puts the project on the path
 
 import data
 import run
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["METHODS", "NOISE", "ROOT", "SHORT", "curves", "ended", "fork", "here", "result", "rows", "weights"]
 METHODS = ["pare", "orca", "mona", "recraft", "finetune"]
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
 NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
