@@ -48,7 +48,7 @@ class Args(cli.Args):
     """The options of MoNA; those that all methods share are in cli.Args."""
 
     meta_epochs: int | None = None
-    """passes over the training samples in stage 1, a step for each --batch-size. 0: naive fine-tuning"""
+    """epochs of stage 1, each of as many micro-batches as in stage 2, a step for each. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: that of stage 2, for a single batch"""
     inner_lr: float = 0.1

@@ -35,7 +35,7 @@ from torch import nn
 import cli
 import common
 import data
-from run import LOG_EVERY, Run, average, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
+from run import LOG_EVERY, Run, average_gradients, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
             loss = mass.sum() * distance(u_t, y_t[index], mass, generator)  # line 4: n_c / n of the problem's classes, OTDD
             loss.backward()
             total += loss.detach()
-        parameters = list(embedder.parameters())
-        for parameter, gradient in zip(parameters, average([p.grad for p in parameters]), strict=True):
-            parameter.grad = gradient
+        average_gradients(embedder.parameters())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

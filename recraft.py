@@ -41,7 +41,7 @@ from torch import nn
 import cli
 import common
 import data
-from run import LOG_EVERY, Run, average, embed_all, gather, make_optimizer, make_schedule, mean_loss, seed_everything, shard
+from run import LOG_EVERY, Run, average_gradients, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ RATE = 0.1  # of a batch in the running table: about the mean over ten batches
 MEASURED = 512  # target samples on which each epoch of stage 1 is measured
 
 
-def encode(encoder, autocast, embedder, split, index, chunk=128):
-    """Features of samples `index` of a data.Split, the mean over tokens of the encoder's output: (m,) -> (m, F)
+def encode(encoder, autocast, embedder, split, index):
+    """Features of samples `index` of a data.Split, the mean over tokens of the encoder's output: (m,) -> (m, F)"""
 
-    In mixed precision where the device has it. Each process encodes its part.
-    """
-    with autocast():
-        parts = [encoder(embedder(split.inputs(part))) for part in shard(index).split(chunk)]  # each (chunk, M, F)
-    return gather(torch.cat(parts).float().mean(1), len(index))  # (m, F)
+    def tokens(x):
+        with autocast():
+            return encoder(embedder(x)).float()  # (B, M, F)
+
+    return embed_all(tokens, split, index)
 
 
 def train_source_predictor(phi_s, y_s, args, text):
@@ -131,9 +131,8 @@ def released_groups(y_t, args, generator):
 
 def take_step(optimizer, parameters, loss):
     """One step on `parameters`, and nothing else, along the gradient of a loss on samples of all processes."""
-    gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, average(gradients), strict=True):
-        parameter.grad = gradient
+    loss.backward(inputs=parameters)  # the encoder's weights get none
+    average_gradients(parameters)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -185,13 +184,13 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
     pi, steps = None, -(-n // args.label_samples)
     for epoch in progress(range(args.label_epochs)):
         generator = torch.Generator().manual_seed(cli.stream("labels", args.seed, epoch))
-        start, order = time.perf_counter(), torch.randperm(n, generator=generator)
+        start = time.perf_counter()
         if args.as_released:
             for index, weight in released_groups(y_t, args, generator):
                 _, h_group, _ = entropies(predict(index).mean(0)[None])  # H of the group's mean prediction
                 take_step(optimizer, parameters, weight * h_group)
         else:
-            for index in order.tensor_split(steps):
+            for index in torch.randperm(n, generator=generator).tensor_split(steps):
                 rate = 1.0 if pi is None else RATE
                 pi = rate * table(index) + (1 - rate) * (0 if pi is None else pi.detach())  # running mean of line 3
                 _, h_z_given, information = entropies(pi)

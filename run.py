@@ -104,17 +104,25 @@ def average(tensors):
     return list(tensors) if world == 1 else [SumOverProcesses.apply(x) / world for x in tensors]
 
 
+def average_gradients(parameters):
+    """Replace the gradients of `parameters` by their means over the processes."""
+    parameters = list(parameters)
+    for parameter, gradient in zip(parameters, average([p.grad for p in parameters]), strict=True):
+        parameter.grad = gradient
+
+
 def embed_all(embedder, split, index, chunk=128):
     """Samples `index` of a data.Split as one vector each, the mean over their tokens, with a gradient: (m,) -> (m, D)
 
-    Embedded `chunk` at a time and recomputed in the backward pass, so that memory does not grow with m. Each process embeds
-    its part.
+    Embedded `chunk` at a time; several chunks are recomputed in the backward pass, so that memory does not grow with m. Each
+    process embeds its part.
     """
 
     def embed(index):
         return embedder(split.inputs(index)).mean(1)  # (chunk, N, D) -> (chunk, D)
 
-    parts = [checkpoint(embed, part, use_reentrant=False) for part in shard(index).split(chunk)]
+    parts = shard(index).split(chunk)
+    parts = [checkpoint(embed, part, use_reentrant=False) if len(parts) > 1 else embed(part) for part in parts]
     return gather(torch.cat(parts), len(index))  # (m, D)
 
 

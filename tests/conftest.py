@@ -73,15 +73,6 @@ def uninterrupted(script, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def naive(script, tmp_path_factory):
-    """Naive fine-tuning, one short epoch: what each method is without its first stage. Its options, and its folder."""
-    out = tmp_path_factory.mktemp("naive")
-    options = ["--task", "satellite", "--scale", "tiny", "--n-train", 64, "--epochs", 1, "--dropout", 0.3]
-    script("finetune.py", *options, "--mode", "naive", out=out)
-    return options, out / "satellite-naive-tiny-roberta-s0-toy"
-
-
-@pytest.fixture(scope="session")
 def swin():
     import common
 

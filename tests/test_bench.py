@@ -32,6 +32,12 @@ def test_every_rung_of_the_bench_takes_a_step_and_two_passes_equal_the_stacked_o
     assert loaded[0].shape == batch[0].shape and loaded[0].dtype == batch[0].dtype
 
 
+def test_a_profile_has_ten_operations_and_most_of_the_time(capsys):
+    bench.profile(bench.Args("profile", methods=("finetune",), batch_size=4), steps=1)
+    shares = [float(line.split("|")[-2].strip(" %")) for line in capsys.readouterr().out.splitlines() if line.endswith("% |")]
+    assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100
+
+
 @pytest.mark.parametrize("way", ["fine-tuning step", "finite-difference"])
 def test_the_bench_runs_the_steps_it_compares(way):
     seconds, megabytes = bench.one_meta_step(way, "tiny-swin", 2)

@@ -4,6 +4,7 @@ import errno
 import importlib
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 from helpers import METHODS, ROOT, here
@@ -39,6 +40,25 @@ def test_help_and_a_mistyped_task_are_answered_by_every_method(script, tmp_path,
     fields = importlib.import_module(method).Args.__dataclass_fields__
     assert len(fields) > 20 and all(f"--{cli.option(name)}" in said for name in fields)
     assert "perhaps spherical" in script(f"{method}.py", "--task", "spherica", out=tmp_path, code=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_number_of_a_method_has_bounds(method):
+    hints = get_type_hints(importlib.import_module(method).Args)
+    numbers = {name for name, kind in hints.items() if {int, float} & {kind, *get_args(kind)}}
+    assert len(numbers) > 10 and numbers <= {*cli.POSITIVE, *cli.LARGEST}, numbers - {*cli.POSITIVE, *cli.LARGEST}
+
+
+def test_numbers_out_of_bounds_cost_a_line(script, tmp_path):
+    for name, value in (
+        ("align-samples", -1),
+        ("label-samples", 0),
+        ("label-lr", 0),
+        ("label-epochs", -2),
+        ("align-epochs", -1),
+    ):
+        said = script("recraft.py", f"--{name}={value}", out=tmp_path, code=2)
+        assert f"--{name} {value}" in said and len(said.splitlines()) == 1
 
 
 def test_a_process_ends_with_exit_code_2_two_lines_and_no_import_that_takes_seconds(tmp_path):

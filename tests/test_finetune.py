@@ -33,3 +33,25 @@ def test_each_baseline_learns_and_trains_what_it_says(tmp_path, mode):
     expected = {"naive": parameters, "scratch": parameters, "frozen": parameters - body, "probe": set()}
     expected["warmup"] = {name for name in parameters if name.startswith("embedder")}  # all three epochs are warm-up here
     assert changed == expected[mode]
+
+
+@pytest.fixture(scope="module")
+def naive(tmp_path_factory):
+    """Naive fine-tuning, one short epoch: its options, and its folder."""
+    out = tmp_path_factory.mktemp("naive")
+    options = ["--task", "satellite", "--scale", "tiny", "--n-train", 64, "--epochs", 1, "--dropout", 0.3]
+    here("finetune.py", *options, "--mode", "naive", out=out)
+    return options, out / "satellite-naive-tiny-roberta-s0-toy"
+
+
+@pytest.mark.parametrize(
+    "method, without",
+    [("orca", ["--embedder-epochs"]), ("mona", ["--meta-epochs"]), ("recraft", ["--align-epochs", "--label-epochs"])],
+    ids=["orca", "mona", "recraft"],
+)
+def test_a_method_without_its_first_stage_is_naive_fine_tuning(naive, tmp_path, method, without):
+    options, folder = naive
+    here(method, *options, *(word for name in without for word in (name, 0)), out=tmp_path)
+    ours = tmp_path / f"satellite-{method}-tiny-roberta-s0-toy"
+    assert rows(ours) == rows(folder)
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())

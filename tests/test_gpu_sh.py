@@ -1,6 +1,5 @@
 """tools/gpu.sh goes through all its steps on a CPU, goes on after a kill, and says what is wrong."""
 
-import io
 import json
 import os
 import signal
@@ -9,11 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import ROOT
-from official import write_cifar100
-from PIL import Image
+from official import write_cifar100, write_pictures
 
 STEPS = {"tests", "topk", "distance", "meta", "profile-pare", "profile-mona", "run-pare", "run-orca", "run-mona", "pretrain",
          *(f"step-{method}" for method in ("finetune", "pare", "mona", "orca"))}  # fmt: skip
@@ -31,14 +28,9 @@ def start(*options, **environment):
 @pytest.mark.matrix
 def test_all_steps_run_on_a_cpu_and_a_killed_script_goes_on(tmp_path):
     write_cifar100(tmp_path)
-    rng = np.random.default_rng(0)
-    for name in [f"train/n{c:03}/images/n{c:03}_0.JPEG" for c in range(200)] + ["val/images/val_0.JPEG"]:
-        path, file = tmp_path / "tiny-imagenet-200" / name, io.BytesIO()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
-        path.write_bytes(file.getvalue())
-    (tmp_path / "tiny-imagenet-200/val/val_annotations.txt").write_text("val_0.JPEG\tn007\t0\t0\t9\t9\n")
-    out, options = tmp_path / "out", ["--device", "cpu", "--smallest", "--data-dir", tmp_path, tmp_path / "out"]
+    write_pictures(tmp_path, 1)
+    out = tmp_path / "a folder"
+    options = ["--device", "cpu", "--smallest", "--data-dir", tmp_path, out]
     process = start(*options)
     while not (out / "tests.json").exists() and process.poll() is None:
         time.sleep(0.1)

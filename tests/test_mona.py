@@ -217,14 +217,6 @@ def test_mona_as_a_user_runs_it(script, tmp_path):
     assert rows(folder) == lines and all(torch.equal(v, before[k]) for k, v in weights(folder).items())
 
 
-def test_without_meta_epochs_mona_is_naive_fine_tuning(script, naive, tmp_path):
-    options, folder = naive
-    script("mona.py", *options, "--meta-epochs", 0, out=tmp_path)
-    ours = tmp_path / "satellite-mona-tiny-roberta-s0-toy"
-    assert rows(ours) == rows(folder)
-    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())
-
-
 def test_the_source_has_pairs_however_small_the_batch_and_whatever_its_labels(tmp_path):
     """psicov's batches hold one sample: the outer loss needs two. Masks of a source become clusters."""
     options = ["--task", "darcy", "--scale", "tiny", "--n-train", 4, "--batch-size", 1, "--epochs", 1, "--meta-epochs", 1]

@@ -64,11 +64,3 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
     (folder / "stage1.safetensors").write_bytes(stage1[:1000])
     (folder / "result.json").unlink()
     assert "stage1.safetensors is empty or cut short" in script("orca.py", *options, "--resume", out=tmp_path, code=2)
-
-
-def test_without_embedder_epochs_orca_is_naive_fine_tuning(script, naive, tmp_path):
-    options, folder = naive
-    script("orca.py", *options, "--embedder-epochs", 0, out=tmp_path)
-    ours = tmp_path / "satellite-orca-tiny-roberta-s0-toy"
-    assert rows(ours) == rows(folder)
-    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())

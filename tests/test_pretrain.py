@@ -1,12 +1,11 @@
 """tools/pretrain.py writes both kinds of backbone, and continues after a stop."""
 
-import io
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from official import write_pictures
 from safetensors.torch import load_file
 
 import cli
@@ -16,22 +15,46 @@ from tools import pretrain
 # ---- images
 
 
-def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, tmp_path):
-    rng = np.random.default_rng(0)
-    for name in [f"train/n{c:03}/images/n{c:03}_{i}.JPEG" for c in range(200) for i in range(2)] + ["val/images/val_0.JPEG"]:
-        path = tmp_path / "tiny-imagenet-200" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
-        path.write_bytes(file.getvalue())
-    (tmp_path / "tiny-imagenet-200/val/val_annotations.txt").write_text("val_0.JPEG\tn007\t0\t0\t9\t9\n")
+@pytest.fixture
+def pictures(tmp_path):
+    write_pictures(tmp_path, 2)
+    return tmp_path
+
+
+def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, pictures, tmp_path):
     small = ["--size", 16, "--window", 2, "--width", 32, "--depths", 1, 1, "--epochs", 1, "--batch-size", 100, "--no-compile"]
-    script("tools/pretrain.py", "images", "--data-dir", tmp_path, *small, out=tmp_path / "small")
+    script("tools/pretrain.py", "images", "--data-dir", pictures, *small, out=tmp_path / "small")
     card = (tmp_path / "small.md").read_text()
-    assert "400 training images (2 a class)" in card and "1 of 1 epochs" in card
+    assert "400 training images (2 a class)" in card and "1 of 1 epochs" in card and not (tmp_path / "small.part").exists()
     source = common.load_source(str(tmp_path / "small.safetensors"))
     assert (source.size, source.token_width, source.feature_width) == (16, 32, 64)
     assert source.encoder(source.embedder(torch.randn(2, 3, 64, 64))).shape == (2, 4, 64)
+
+
+def stop_at(patch, call):
+    """Interrupt a training in the loss of this call."""
+    cross_entropy, calls = pretrain.F.cross_entropy, []
+
+    def stops(*arguments, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return cross_entropy(*arguments, **kwargs)
+
+    patch.setattr(pretrain.F, "cross_entropy", stops)
+
+
+def test_pretraining_images_goes_on_after_a_stop(pictures, tmp_path, monkeypatch):
+    options = dict(data_dir=str(pictures), size=16, window=2, width=32, depths=(1, 1), epochs=3, batch_size=200, compile=False)
+    pretrain.images(pretrain.Images(out=str(tmp_path / "whole"), **options))
+    parted = pretrain.Images(out=str(tmp_path / "parted"), **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 2 * 2 * 2 + 1)  # two losses a step, two steps an epoch: in the third
+        pretrain.images(parted)
+    assert (tmp_path / "parted.part").exists() and "2 of 3 epochs" in (tmp_path / "parted.md").read_text()
+    pretrain.images(parted)
+    whole, parted = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parted"))
+    assert all(torch.equal(whole[k], parted[k]) for k in whole)
 
 
 # ---- text
@@ -93,17 +116,9 @@ def test_pretraining_text_goes_on_after_a_stop(corpus, tmp_path, monkeypatch):
     options = dict(data_dir=str(corpus), vocabulary=300, width=16, layers=1, heads=2, length=16, batch_size=4, steps=20,
                    save_every=10, compile=False)  # fmt: skip
     pretrain.text(pretrain.Text(out=str(tmp_path / "whole"), **options))
-    cross_entropy, calls = pretrain.F.cross_entropy, []
-
-    def stops(out, y, **kwargs):
-        calls.append(0)
-        if len(calls) == 18:
-            raise KeyboardInterrupt
-        return cross_entropy(out, y, **kwargs)
-
     parted = pretrain.Text(out=str(tmp_path / "parted"), **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain.F, "cross_entropy", stops)
+        stop_at(patch, 18)
         pretrain.text(parted)
     assert (tmp_path / "parted.part").exists()
     with pytest.raises(cli.UserError, match="belongs to other options"):

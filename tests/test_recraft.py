@@ -279,11 +279,3 @@ def test_recraft_passes_its_options_on(tmp_path, monkeypatch):
         start[init] = found["embedder"].positions.clone()
         assert any(m.p == 0.25 for m in found["net"].modules() if isinstance(m, nn.Dropout))
     assert not torch.equal(start["copy"], start["random"])
-
-
-def test_without_a_first_stage_recraft_is_naive_fine_tuning(script, naive, tmp_path):
-    options, folder = naive
-    script("recraft.py", *options, "--align-epochs", 0, "--label-epochs", 0, out=tmp_path)
-    ours = tmp_path / "satellite-recraft-tiny-roberta-s0-toy"
-    assert rows(ours) == rows(folder)
-    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(ours).items())

@@ -24,6 +24,11 @@ def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path
     assert [(row["method"], float(row["test"])) for row in rows] == [("naive-random", error) for error in errors]
     before = [file.stat().st_mtime_ns for file in files]
     assert script(*command, out=tmp_path) == table and [file.stat().st_mtime_ns for file in files] == before
+    known = ["--known", tmp_path / "results.csv"]  # where the folder is lost
+    assert script(*command, *known, out=tmp_path / "lost") == table and not list((tmp_path / "lost").glob("*/*/result.json"))
+    assert (tmp_path / "lost/results.csv").read_text() == (tmp_path / "results.csv").read_text()
+    reproduce_args = SimpleNamespace(n_train=32, options="--epochs 1")
+    assert {row["options"] for row in rows} == {reproduce.options_of(vars(reproduce_args))} == {"--n-train 32 --epochs 1"}
 
 
 def test_reproduce_compares_methods_by_task(capsys):

@@ -7,13 +7,12 @@
 # is there is skipped, so several short calls finish the list. --minutes: no step begins that could end later than this.
 # --device cpu --smallest goes through all steps on a laptop, to try the script itself. --data-dir: real images, for the last steps.
 set -uo pipefail
-cd "$(dirname "$0")/.."
 out="" data="" minutes=100000 device=cuda smallest=""
 while (($#)); do
   case $1 in
-    --data-dir) data=$(realpath "$2") && shift ;;
-    --minutes) minutes=$2 && shift ;;
-    --device) device=$2 && shift ;;
+    --data-dir) data=$(realpath "${2:?a folder}") && shift ;;
+    --minutes) minutes=${2:?a number} && shift ;;
+    --device) device=${2:?cuda or cpu} && shift ;;
     --smallest) smallest=1 ;;
     -*) echo "gpu.sh: there is no option $1. Known: --data-dir --minutes --device --smallest" >&2 && exit 2 ;;
     *) out=$1 ;;
@@ -22,6 +21,7 @@ while (($#)); do
 done
 [[ -n $out ]] || { echo "gpu.sh: give a folder for the results: bash tools/gpu.sh OUT" >&2 && exit 2; }
 mkdir -p "$out" && out=$(realpath "$out")
+cd "$(dirname "$0")/.."
 
 python - <<'PY' || exit 2
 import importlib.util
@@ -52,7 +52,7 @@ if [[ -n $smallest ]]; then
 fi
 
 steps=() # NAME MINUTES COMMAND
-step() { steps+=("$*"); }
+step() { steps+=("$(printf '%q ' "$@")"); } # quoted: folders may have spaces in their names
 step tests 4 -m pytest -n 0 -m cuda tests/test_cuda.py
 for method in finetune pare mona orca; do step "step-$method" 6 $bench step $full $few --methods $method; done
 for what in "topk" "distance --samples $samples" "meta $meta"; do step "${what%% *}" 3 $bench $what --rounds 1; done
@@ -76,8 +76,7 @@ for s in "${steps[@]}"; do
   [[ -e $out/$name.json ]] && continue
   ((SECONDS / 60 + most > minutes)) && continue
   began=$SECONDS
-  # shellcheck disable=SC2086
-  if PYTHONUNBUFFERED=1 timeout 480 python $command >"$out/$name.log" 2>&1; then
+  if eval "PYTHONUNBUFFERED=1 timeout 480 python $command" >"$out/$name.log" 2>&1; then
     python - "$out/$name" "$where" "$((SECONDS - began))" "python $command" <<'PY' && echo "$name: $((SECONDS - began)) s"
 import json, os, sys
 from pathlib import Path

@@ -34,7 +34,7 @@ RECRAFT, RECRAFT_RELEASED = "test_stage_1_by_a_plain_loop", "test_as_released_st
 RECRAFT_SAME, RECRAFT_KEPT = (
     "test_encoder_and_source_predictor_are_bit_identical_after_stage_1", "test_recraft_trains_the_embedder_only_and_keeps_it",
 )  # fmt: skip
-RECRAFT_NAIVE = "test_without_a_first_stage_recraft_is_naive_fine_tuning"
+RECRAFT_NAIVE = "test_a_method_without_its_first_stage_is_naive_fine_tuning[recraft]"
 NAIVE, PARTS = "test_naive_fine_tuning_takes_plain_steps", "test_baselines_train_the_parts_they_say"
 SCRATCH, BEST = (
     "test_scratch_keeps_nothing_of_the_pretrained_weights",

@@ -187,10 +187,11 @@ def images(args):
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
               for matrix in (True, False)]  # fmt: skip
     steps = len(train) // args.batch_size
-    total, warmup = args.epochs * steps, 3 * steps
+    total = args.epochs * steps
+    warmup = min(3 * steps, total // 2)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, t - warmup) / (total - warmup)))
+        optimizer, lambda t: min((t + 1) / max(1, warmup), 0.5 + 0.5 * np.cos(np.pi * max(0, t - warmup) / (total - warmup)))
     )
     forward = torch.compile(model) if args.compile else model
 
