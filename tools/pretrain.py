@@ -17,7 +17,6 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -191,7 +190,8 @@ def images(args):
     warmup = min(3 * steps, total // 2)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / (total - warmup)))
+        optimizer,
+        lambda t: min((t + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / (total - warmup))),
     )
     forward = torch.compile(model) if args.compile else model
 
