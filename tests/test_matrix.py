@@ -23,6 +23,8 @@ def run(method, task, tmp_path, monkeypatch):
         options |= dict(meta_epochs=1)
     if method == "recraft":
         options |= dict(align_epochs=2, label_epochs=1, source_samples=40)
+    if method == "contrast":
+        options |= dict(contrast_epochs=1)
     module.main(
         module.Args(task=task, scale="tiny", data_dir=str(tmp_path / "none"), out_dir=str(tmp_path), epochs=3, **options)
     )
@@ -33,7 +35,7 @@ def run(method, task, tmp_path, monkeypatch):
     assert len(losses) == 3 and min(losses[1:]) < losses[0]
     assert all(math.isfinite(value) for row in rows for value in row.values()) and math.isfinite(result["test"])
     first_stage = [row for row in rows if "stage" in row]
-    assert len(first_stage) == {"orca": 3, "mona": 1, "recraft": 4}.get(method, 0)
+    assert len(first_stage) == {"orca": 3, "mona": 1, "recraft": 4, "contrast": 2}.get(method, 0)
     assert result["task"] == task
 
 

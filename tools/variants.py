@@ -11,6 +11,7 @@ METHODS = {
     "orca": "orca.py",
     "mona": "mona.py",
     "recraft": "recraft.py",
+    "contrast": "contrast.py",
     **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
     "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: faster on a CPU
@@ -19,6 +20,12 @@ METHODS = {
     "recraft-align": "recraft.py --label-epochs 0",
     "recraft-labels": "recraft.py --align-epochs 0",
     "recraft-freeze-embedder": "recraft.py --freeze-embedder",  # R2
+    # ---- contrast: stage 1 alone, stage 2 alone, and what the slides leave open (C5, C9)
+    "contrast-stage1": "contrast.py --k-begin 0",  # to be compared with naive
+    "contrast-stage2": "contrast.py --contrast-epochs 0",
+    "contrast-embedder": "contrast.py --features embedder",
+    "contrast-freeze-embedder": "contrast.py --freeze-embedder",
+    **{f"contrast-{scores}": f"contrast.py --scores {scores}" for scores in ("received", "gate", "random")},
     "naive-released": "finetune.py --mode naive --as-released",  # O2: different initial embedder
     # ---- initial embedder (P1, O1), and equal compute
     "pare-random": "pare.py --init random",
