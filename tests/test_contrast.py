@@ -463,9 +463,18 @@ def test_the_printed_formula_stops_the_run_where_it_is_undefined(script, tmp_pat
     assert "the printed loss is nan in epoch" in said and "leave out --as-printed" in said
 
 
-def test_one_hot_inputs_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(contrast, "learn_embedder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    for task, named in (("deepsea", True), ("satellite", False)):
-        with pytest.raises(KeyboardInterrupt):
-            here("contrast", "--task", task, "--scale", "tiny", "--n-train", 64, out=tmp_path / task)
-        assert ("one-hot" in capsys.readouterr().out) == named
+@pytest.mark.parametrize(
+    "task, options, of_embedder",
+    [("deepsea", [], False), ("satellite", ["--features", "embedder"], True), ("satellite", ["--as-printed"], True)],
+    ids=["encoder", "embedder", "as printed"],
+)
+def test_z_is_of_the_part_that_is_named_and_one_hot_inputs_are_told(task, options, of_embedder, tmp_path, monkeypatch, capsys):
+    def learn(embedder, encode, train, *_):
+        x = train.inputs(torch.arange(2))
+        assert torch.equal(encode(x), embedder(x)) == of_embedder
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contrast, "learn_embedder", learn)
+    with pytest.raises(KeyboardInterrupt):
+        here("contrast", "--task", task, "--scale", "tiny", "--n-train", 64, *options, out=tmp_path)
+    assert ("one-hot" in capsys.readouterr().out) == (task == "deepsea")
