@@ -13,13 +13,13 @@ sample joins the graph as a neighbour of its own label, and what the GCN makes o
     3  A^ = D^-1/2 A D^-1/2,  O = A^ LeakyReLU(A^ T W1) W2;  W1, W2 <- argmin L(O, class), then frozen
     stage 2:
     4  h = H(mean over tokens of g(embedder(x))), H linear
-    5  A_a = [[A, P], [P^T, M]]: P = 1 where a sample has the class of a node, M = 1 where two samples have the same or are one
+    5  A_a = [[A, P], [P^T, M]]: P = 1 where a sample has a node's class, M = 1 where samples share one or are one
        G = LeakyReLU(A_a^ [T; h] W1),  O = A_a^ G W2;  g_i and o_i are the rows of sample i
     6  L = L(predictor(g(embedder(x))), y) + w_a L(o, y) + w_r mean over i of |unit(h_i) - unit(g_i)|, g_i taken as constant
 
-Written out, line 5 says that all samples of a class have the same neighbours, hence the same g_i and o_i: the last term of line 6
-pulls them all to one vector, which comes from the class's name. So the controls belong to the method: `--prototypes text` is
-that pull without graph and GCN, `random` and `simplex` are the same pull without any language.
+Written out, line 5 says that all samples of a class have the same neighbours, hence the same g_i and o_i: the last term of
+line 6 pulls them all to one vector, which comes from the class's name. So the controls belong to the method: `--prototypes
+text` is that pull without graph and GCN, `random` and `simplex` are the same pull without any language.
 
     python lsg.py --task spherical
 
@@ -54,8 +54,8 @@ class Args(cli.Args):
     orthogonal; simplex: as far from each other as can be. The last two need no names"""
     align_weight: float = 1.0
     """w_a. With --align-weight 0 --regularise-weight 0: naive fine-tuning"""
-    regularise_weight: float = 8.0
-    """w_r; the official code: 8 to 10, with SGD. Lower it if the loss of the task hardly falls"""
+    regularise_weight: float | None = None
+    """w_r. Default: 8 (full, official), 0.5 (tiny, where 8 leaves the loss of the task little of a clipped gradient)"""
     edge_ratio: float = 0.003
     """r, of line 2"""
     gcn_steps: int | None = None
@@ -119,6 +119,12 @@ def label_graph(t, ratio, released=False):
     return A * (same | (between >= least)).fill_diagonal_(True)
 
 
+def normalised(A):
+    """A^ = D^-1/2 A D^-1/2, D = row sums of A (n, n)"""
+    root = A.sum(1, keepdim=True).rsqrt()  # (n, 1)
+    return root * A * root.T
+
+
 def label_nodes(loaded, args, device):
     """Lines 1 and 2: T (n, d) and A (n, n), kept in the cache under a key of all that they depend on.
 
@@ -164,8 +170,7 @@ def train_gcn(gcn, t, A, task, args):
 
     As released: by SGD, and the rows of O are divided by their length before the loss, so that it cannot become small (L2).
     """
-    root = A.sum(1, keepdim=True).rsqrt()  # (n, 1): D^-1/2
-    spread = (root * A * root.T).to_sparse()  # (n, n): A^
+    spread = normalised(A).to_sparse()  # (n, n): A^
     near, number = spread @ t, torch.arange(len(t), device=t.device) // P  # (n, d): A^ T; (n,) class of a node
     y = F.one_hot(number).float() if task.target == "labels" else number
     optimizer = torch.optim.Adam(gcn.parameters(), lr=1e-3)
@@ -175,9 +180,9 @@ def train_gcn(gcn, t, A, task, args):
     for step in range(1, steps + 1):
         o = spread @ (activation(near @ gcn.W1) @ gcn.W2)  # (n, K)
         loss = task.loss(F.normalize(o, dim=1) if args.as_released else o, y)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # also after the last step: clipping in stage 2 counts every gradient that is there
         if step % -(-steps // 10) == 0 or step == steps:
             wrong, end = (o.argmax(1) != number).float().mean().item(), time.perf_counter()
             rows.append({"epoch": step, "loss": loss.item(), "error": wrong, "seconds": end - begin})

@@ -46,8 +46,13 @@ def naive(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "method, without",
-    [("orca", ["--embedder-epochs"]), ("mona", ["--meta-epochs"]), ("recraft", ["--align-epochs", "--label-epochs"])],
-    ids=["orca", "mona", "recraft"],
+    [
+        ("orca", ["--embedder-epochs"]),
+        ("mona", ["--meta-epochs"]),
+        ("recraft", ["--align-epochs", "--label-epochs"]),
+        ("lsg", ["--align-weight", "--regularise-weight"]),
+    ],
+    ids=["orca", "mona", "recraft", "lsg"],
 )
 def test_a_method_without_its_first_stage_is_naive_fine_tuning(naive, tmp_path, method, without):
     options, folder = naive

@@ -17,7 +17,7 @@ ALLOWED = {
 }  # fmt: skip
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py")]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}
-NAMES = {"pare": "PaRe", "orca": "ORCA", "mona": "MoNA", "recraft": "RECRAFT", "finetune": "finetune"}
+NAMES = {"pare": "PaRe", "orca": "ORCA", "mona": "MoNA", "recraft": "RECRAFT", "lsg": "LSG", "finetune": "finetune"}
 
 
 def shared_lines(method):
