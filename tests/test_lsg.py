@@ -87,7 +87,7 @@ def test_a_clique_averages():
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_stage_1_by_a_plain_loop(released):
+def test_the_gcn_learns_as_in_a_plain_loop(released):
     t, steps = nodes(spread=0.4), 3
     A = lsg.label_graph(t, 0.02)
     gcn, found = trained(t, A, args=SimpleNamespace(as_released=released, gcn_steps=steps))
@@ -449,4 +449,5 @@ def test_precision_counts_neighbours_of_the_same_superclass():
 def test_the_table_of_encoders_has_a_row_for_each(script, tmp_path):
     said = script("tools/names.py", "--gcn-steps", 2, out=tmp_path)
     head, _, row = said.splitlines()[-3:]
-    assert head.startswith("| encoder | within |") and row.startswith("| tiny-roberta | 0.89 | 0.49 | 0.11 |")
+    assert head.startswith("| encoder | cosine within a class | between classes | text P@1 |")
+    assert row.startswith("| tiny-roberta | 0.89 | 0.49 | 0.11 |")

@@ -4,9 +4,10 @@
     python tools/names.py tiny-roberta path/to/folder    of these encoders; a folder is one saved by transformers
 
 P@k is the share of the k nearest other classes that lie in the same superclass, of 0.04 by chance; near means a large cosine.
-`text` are the means of a class's prompts (lsg.py --prototypes text), `graph` the vectors that lsg.py regresses samples onto:
-with a GCN that is not trained, trained, and trained and joined as released. "Edges" are the share of the edges between classes
-that stay in a superclass; "released", of the edges in stage 2 of the official code those that join two classes (row L1).
+`text` are the means of a class's prompts (lsg.py --prototypes text), `graph` the vectors that lsg.py pulls samples to: with a GCN
+that is not trained, trained, and trained and joined as released; loss is that of the GCN, between the mean cosine of two of these
+vectors. "Edges in a superclass" is their share of all edges between classes; "released: edges between classes" their share of all
+edges in the graph of the official stage 2 (row L1).
 """
 
 import copy
@@ -74,9 +75,10 @@ def measure(encoder, args):
     released = lsg.label_graph(t, options.edge_ratio, released=True) > 0
     kin = group[number][:, None] == group[number]
     found = {
-        "within": cosines[same].mean().item(), "between": cosines[~same].mean().item(), "text P@1": precision(text, 1, group),
-        "text P@4": precision(text, 4, group), "edges": (apart & kin).sum().item() / apart.sum().item(),
-        "released": (released & ~same).sum().item() / released.fill_diagonal_(False).sum().item(),
+        "cosine within a class": cosines[same].mean(), "between classes": cosines[~same].mean(),
+        "text P@1": precision(text, 1, group), "P@4": precision(text, 4, group),
+        "edges in a superclass": (kin & apart).sum() / apart.sum(),
+        "released: edges between classes": (released & ~same).sum() / released.fill_diagonal_(False).sum(),
     }  # fmt: skip
     torch.manual_seed(args.seed)
     gcn = lsg.GCN(t.shape[1], K)
@@ -85,11 +87,13 @@ def measure(encoder, args):
         gcn.load_state_dict(start)
         if as_released is not None:
             rows = lsg.train_gcn(gcn.requires_grad_(), t, A, task, replace(options, as_released=as_released))
-            found[f"its loss, {name}"] = rows[-1]["loss"]
         graph = lsg.LabelGraph(t, lsg.label_graph(t, options.edge_ratio, True) if as_released else A, gcn)
         g, _ = graph(torch.zeros(K, t.shape[1]), torch.eye(K))  # one sample of each class, whose feature is 0
         found[f"graph P@1, {name}"] = precision(g, 1, group)
-    return found
+        if as_released is not None:
+            g = F.normalize(g, dim=1)
+            found |= {f"loss, {name}": rows[-1]["loss"], f"between, {name}": ((g @ g.T).sum() - K) / (K * (K - 1))}
+    return {name: float(value) for name, value in found.items()}
 
 
 def main(args):
