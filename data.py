@@ -69,7 +69,7 @@ class Task:
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
     direction: str = "min"
     kind: str = ""  # of the tiny recipes; default: by modality and target
-    # what the classes are called, in the order of their numbers: names, or (data_dir) -> names; or why nobody knows
+    # what the classes are called, in the order of their numbers: names, or (data_dir) -> names; or why there are none
     names: tuple[str, ...] | Callable | str = ""
     toy_names: tuple[str, ...] = ()  # what the classes of `toy` are
     sample: str = "an example"  # what a sample is: "a photo" of a class

@@ -3,9 +3,9 @@
 Ma, Li, Cai and Kang, "Language Semantic Graph Guided Data-Efficient Learning", NeurIPS 2023. Written after its abstract, its
 figure and its released code: the paper's equations could not be read.
 
-The names of the classes mean something, and a language model knows some of it. Prompts that contain a name are the nodes of a
-graph, joined where they are similar. A graph convolutional network (GCN) learns to classify the nodes and is frozen. Then each
-sample joins the graph as a neighbour of its own label, and what the GCN makes of it guides the encoder.
+Class names have a meaning, and a language model knows some of it. Prompts that contain a name are the nodes of a graph,
+joined where they are similar. A graph convolutional network (GCN) learns to classify the nodes and is frozen. Then each sample
+joins the graph as a neighbour of its own label, and the output of the GCN for it guides the encoder.
 
     stage 1:
     1  t_cp = unit(mean over the tokens of name c of the text encoder's output for its prompt p)       T: n = K P nodes
@@ -75,7 +75,7 @@ activation = lambda x: F.leaky_relu(x, 0.2)
 def tokenise(source, names, sample):
     """The prompts, by class: K P pairs of token ids and the slice of them that is the name. `sample`: what a sample is.
 
-    The parts of a prompt are read one by one, so that nobody has to search for the name. Raises UserError if it has no token.
+    The parts of a prompt are tokenised one by one, so that the place of the name is known. Raises UserError if it has no token.
     """
     vocabulary = source.tokenizer.vocabulary
     begin, end = ([] if token is None else [token] for token in (vocabulary.cls_token_id, vocabulary.sep_token_id))
@@ -128,7 +128,7 @@ def normalised(A):
 def label_nodes(loaded, args, device):
     """Lines 1 and 2: T (n, d) and A (n, n), kept in the cache under a key of all that they depend on.
 
-    None and None where no names are needed. Raises UserError for a task without names, and a text encoder that is none.
+    None, None where no names are needed. Raises UserError for a task without names, or an encoder that is no text model.
     """
     if args.prototypes in ("random", "simplex") and loaded.train.classes:
         return None, None
@@ -139,7 +139,7 @@ def label_nodes(loaded, args, device):
         except cli.UserError as error:
             raise cli.UserError(str(error).replace("--backbone", "--text-encoder")) from error
     if source.modality != "1d":
-        raise cli.UserError(f"--text-encoder: {source.name} is a Swin, which cannot read.\nGive a BERT-like model.")
+        raise cli.UserError(f"--text-encoder: {source.name} is a Swin, not a text model.\nGive a BERT-like model.")
     if source.name == "tiny-roberta":
         print("LSG     tiny-roberta knows how names are spelt, hardly what they mean: for results, give a --text-encoder")
     prompts = tokenise(source, names, loaded.task.sample)
@@ -185,13 +185,13 @@ def train_gcn(gcn, t, A, task, args):
         optimizer.zero_grad()  # also after the last step: clipping in stage 2 counts every gradient that is there
         if step % -(-steps // 10) == 0 or step == steps:
             wrong, end = (o.argmax(1) != number).float().mean().item(), time.perf_counter()
-            rows.append({"epoch": step, "loss": loss.item(), "error": wrong, "seconds": end - begin})
+            rows.append({"epoch": step, "GCN loss": loss.item(), "GCN error": wrong, "seconds": end - begin})
             begin = end
     return rows
 
 
 class LabelGraph(nn.Module):
-    """Line 5, without the matrix A_a: what the frozen GCN makes of samples that join the nodes of their labels."""
+    """Line 5, without the matrix A_a: the frozen GCN's rows of samples that are joined to the nodes of their labels."""
 
     def __init__(self, t, A, gcn):
         super().__init__()
@@ -242,7 +242,7 @@ def regularisation(h, g):
 
 
 class Guided(nn.Module):
-    """The model, its projector H, and what guides it: a LabelGraph or Prototypes. `loss`: the task's."""
+    """The model, its projector H, and what guides it, a LabelGraph or Prototypes. `loss`: that of the task."""
 
     def __init__(self, model, projector, guide, loss):
         super().__init__()
@@ -294,7 +294,7 @@ def main(args):
                 run.keep_stage1(rows, gcn=gcn)
                 edges = ((A > 0).sum().item() - P * len(t)) // 2
                 print(f"LSG     {len(t):,} nodes, {edges:,} pairs of different classes joined; loss of the GCN",
-                      f"{rows[-1]['loss']:.3g}, {sum(row['seconds'] for row in rows):.0f} s")  # fmt: skip
+                      f"{rows[-1]['GCN loss']:.3g}, {sum(row['seconds'] for row in rows):.0f} s")  # fmt: skip
             guide = LabelGraph(t, label_graph(t, args.edge_ratio, released=True) if args.as_released else A, gcn)  # L1
         else:
             guide = Prototypes(class_vectors(args.prototypes, t, train.classes, args.seed))

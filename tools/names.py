@@ -3,11 +3,11 @@
     python tools/names.py                                a table in Markdown, of tiny-roberta
     python tools/names.py tiny-roberta path/to/folder    of these encoders; a folder is one saved by transformers
 
-P@k is the share of the k nearest other classes that lie in the same superclass, of 0.04 by chance; near means a large cosine.
-`text` are the means of a class's prompts (lsg.py --prototypes text), `graph` the vectors that lsg.py pulls samples to: with a GCN
-that is not trained, trained, and trained and joined as released; loss is that of the GCN, between the mean cosine of two of these
-vectors. "Edges in a superclass" is their share of all edges between classes; "released: edges between classes" their share of all
-edges in the graph of the official stage 2 (row L1).
+P@k is the share of the k nearest other classes that lie in the same superclass, 0.04 by chance; near means a large cosine.
+`text` are the means of a class's prompts (lsg.py --prototypes text), `graph` the vectors that lsg.py pulls samples to: with a
+GCN that is not trained, trained, and trained and joined as released. "Loss" is that of the GCN, "between" the mean cosine of
+two of these vectors. "Edges in a superclass" is their share of all edges between classes; "released: edges between classes"
+their share of all edges in the graph of the official stage 2 (row L1).
 """
 
 import copy
@@ -92,7 +92,7 @@ def measure(encoder, args):
         found[f"graph P@1, {name}"] = precision(g, 1, group)
         if as_released is not None:
             g = F.normalize(g, dim=1)
-            found |= {f"loss, {name}": rows[-1]["loss"], f"between, {name}": ((g @ g.T).sum() - K) / (K * (K - 1))}
+            found |= {f"loss, {name}": rows[-1]["GCN loss"], f"between, {name}": ((g @ g.T).sum() - K) / (K * (K - 1))}
     return {name: float(value) for name, value in found.items()}
 
 
