@@ -518,7 +518,7 @@ def class_names(loaded, data_dir):
     task, toy, K = loaded.task, loaded.train.kind == "toy", loaded.train.classes
     names = task.toy_names[:K] if toy else task.names(Path(data_dir)) if callable(task.names) else task.names
     if not isinstance(names, tuple) or not names:
-        why = "it predicts a field" if K is None else "its toy data have none" if toy else names or "its files have none"
+        why = "its toy data have none" if toy else names or "its files have none"
         raise UserError(f"{task.name} has no class names: {why}.")
     if len(names) != K:
         raise UserError(f"{task.name}: {len(names)} class names for {K} classes.")

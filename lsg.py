@@ -130,7 +130,7 @@ def label_nodes(loaded, args, device):
 
     None, None where no names are needed. Raises UserError for a task without names, or an encoder that is no text model.
     """
-    if args.prototypes in ("random", "simplex") and loaded.train.classes:
+    if args.prototypes in ("random", "simplex"):
         return None, None
     names = data.class_names(loaded, args.data_dir)
     with torch.random.fork_rng(devices=[]):  # a model is built from random numbers
@@ -263,12 +263,14 @@ def main(args):
     run = Run(args, "lsg")  # LSG
     run.args = replace(run.args, text_encoder=args.text_encoder or common.DEFAULT_BACKBONE["1d", run.args.scale])  # LSG
     args, device = run.args, run.device
+    weights = (args.align_weight, args.regularise_weight) if args.align_weight + args.regularise_weight > 0 else ()  # LSG
+    if weights and data.find_task(args.task).target == "field":  # LSG
+        raise cli.UserError(f"{args.task} predicts a field: there are no classes that could have names.")  # LSG
     with run.first_process_first():
         source = common.load_source(args.backbone)  # LSG
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        weights = (args.align_weight, args.regularise_weight) if args.align_weight + args.regularise_weight > 0 else ()  # LSG
         if weights:  # LSG
             t, A = label_nodes(loaded, args, device)  # LSG
     task, train = loaded.task, loaded.train

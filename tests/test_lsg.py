@@ -360,8 +360,8 @@ def test_a_task_without_names_says_why():
             asked(task, "official")
     with pytest.raises(cli.UserError, match="satellite has no class names: its toy data have none"):
         asked("satellite", "toy")
-    with pytest.raises(cli.UserError, match="darcy has no class names: it predicts a field"):
-        asked("darcy", "simulated", None)
+    with pytest.raises(cli.UserError, match="darcy predicts a field"):
+        lsg.main(lsg.Args(task="darcy", scale="tiny", prototypes="random"))  # before the data are read, or simulated
     with pytest.raises(cli.UserError, match="cifar100: 2 class names for 100 classes"):
         asked("cifar100", "official", 100, names=("a", "b"))
     mine = data.Task("mine", "", (3, 8), "class", (2,), None, None, (), {})
@@ -373,7 +373,7 @@ def test_a_task_without_names_says_why():
 
 
 def test_lsg_trains_with_a_frozen_gcn_and_resumes(script, tmp_path):
-    options = [*SHORT[:-1], 2, "--gcn-steps", 30]
+    options = [*SHORT[:-1], 2, "--n-train", 96, "--gcn-steps", 30]
     said = script("lsg.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-lsg-tiny-swin-s0-toy"
     lines = rows(folder)
@@ -415,6 +415,12 @@ def test_lsg_learns_sounds_with_several_labels(tmp_path, monkeypatch):
     here("lsg.py", *options, "--gcn-steps", 30, out=tmp_path)
     line = rows(tmp_path / "fsd50k-lsg-tiny-swin-s0-toy")[-1]
     assert 0 < line["align"] < 20 and 0 < line["regularise"] < 2
+
+
+def test_the_weight_of_the_pull_is_the_official_one_at_full_scale():
+    for scale, weight in (("full", 8), ("tiny", 0.5)):
+        assert data.complete(lsg.Args(), "lsg", scale).regularise_weight == weight
+    assert data.complete(lsg.Args(regularise_weight=0), "lsg", "tiny").regularise_weight == 0
 
 
 def test_lsg_passes_its_options_on(tmp_path, monkeypatch):
