@@ -36,6 +36,25 @@ ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num
                     intermediate_size=3072, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # fmt: skip
 
 
+def watch_attention(encoder, tokens, modules, attention):
+    """attention(module, *its arguments) of each of `modules`, in order, while `encoder` reads `tokens`.
+
+    In evaluation mode and without gradients; the encoder is left as it was. The fused kernels that compute attention in a model
+    return none: `attention` computes it again.
+    """
+    found, training = [], encoder.training
+    hook = lambda module, args, kwargs: found.append(attention(module, *args, **kwargs))
+    hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        with torch.no_grad():
+            encoder.eval().forward(tokens)  # not encoder(tokens): a compiled one would pass its hooks by
+    finally:
+        encoder.train(training)
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
 class SwinEncoder(nn.Module):
     """The stages of a Swin and its last LayerNorm: (B, N, D) -> (B, n, F)."""
 
@@ -53,6 +72,31 @@ class SwinEncoder(nn.Module):
         x = tokens.unflatten(1, self.grid)  # (B, N, D) -> (B, H/4, W/4, D)
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, n, F)
 
+    def attentions(self, tokens):
+        """Attention of every block, first to last, mean over the heads: (B, N, D) -> [(A (B, W, T, T), index (W, T)), ...]
+
+        A_ij of query i and key j in a window of T tokens; index: the number of each token of the W windows in the block's grid.
+        Raises UserError if the model computes attention in another way than Swin does, or pads its grid.
+        """
+        indices = []
+        for block in self.blocks:
+            (H, W), (h, w) = block.input_resolution, block.window_size
+            if not hasattr(block.attn, "relative_position_bias_table") or H % h or W % w:
+                raise UserError("this backbone has no attention scores: they need a Swin (not V2) whose windows fill its grid.")
+            shifted = torch.arange(H * W, device=tokens.device).view(H, W).roll([-s for s in block.shift_size], (0, 1))
+            windows = shifted.view(H // h, h, W // w, w).transpose(1, 2)  # (H / h, W / w, h, w)
+            indices.append(windows.reshape(-1, h * w))  # (W, T)
+
+        def attention(module, x, mask=None):
+            q, k, _ = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B W, heads, T, d)
+            bias = module.relative_position_bias_table[module.relative_position_index.flatten()]  # (T T, heads)
+            logits = module.scale * q @ k.mT + bias.T.unflatten(1, (x.shape[1], x.shape[1]))  # (B W, heads, T, T)
+            logits = logits.float().unflatten(0, (len(tokens), -1))  # (B, W, heads, T, T)
+            return (logits if mask is None else logits + mask[:, None]).softmax(-1).mean(2)  # (B, W, T, T)
+
+        found = watch_attention(self, tokens, [block.attn for block in self.blocks], attention)
+        return list(zip(found, indices, strict=True))
+
 
 class TextEncoder(nn.Module):
     """The layers of a BERT-like model, for tokens of any embedder: (B, N, D) -> (B, N, F), F = D; nothing is masked."""
@@ -67,6 +111,18 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens):
         return self.layers(tokens)[0]  # (B, N, D) -> (B, N, F)
+
+    def attentions(self, tokens):
+        """As `SwinEncoder.attentions`, with one window of all tokens: (B, N, D) -> [(A (B, 1, N, N), index (1, N)), ...]"""
+
+        def attention(module, x, *_, **__):
+            heads = lambda part: part(x).unflatten(2, (module.num_attention_heads, -1)).transpose(1, 2)
+            q, k = heads(module.query), heads(module.key)  # (B, heads, N, d)
+            logits = (q @ k.mT / q.shape[-1] ** 0.5).float()  # (B, heads, N, N)
+            return logits.softmax(-1).mean(1, keepdim=True)  # (B, 1, N, N)
+
+        found = watch_attention(self, tokens, [layer.attention.self for layer in self.blocks], attention)
+        return [(A, torch.arange(tokens.shape[1], device=tokens.device)[None]) for A in found]
 
 
 class Tokenizer:

@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 
 # options with bounds: those that must be positive, and the largest value of those that may also be 0
-POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature",
+POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "tau",
             "embedder_lr", "meta_lr", "inner_lr", "label_lr", "max_samples", "align_samples", "label_samples",
-            "classes_per_problem", "source_samples", "gcn_steps", "jobs")  # fmt: skip
+            "contrast_samples", "noise_steps", "classes_per_problem", "source_samples", "gcn_steps", "jobs")  # fmt: skip
 LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
-           "embedder_epochs": 1e6, "meta_epochs": 1e6, "align_epochs": 1e6, "label_epochs": 1e6, "reg": 1e9, "lambda_": 1e9,
-           "momentum": 1, "dropout": 1, "mix_weight": 1e6, "warmup_epochs": 1e6, "align_weight": 1e6, "regularise_weight": 1e6,
-           "edge_ratio": 1}  # fmt: skip
+           "embedder_epochs": 1e6, "meta_epochs": 1e6, "align_epochs": 1e6, "label_epochs": 1e6, "contrast_epochs": 1e6,
+           "reg": 1e9, "lambda_": 1e9, "sigmas": 1, "momentum": 1, "dropout": 1, "mix_weight": 1e6, "warmup_epochs": 1e6,
+           "align_weight": 1e6, "regularise_weight": 1e6, "edge_ratio": 1}  # fmt: skip
 
 
 class UserError(Exception):
@@ -117,8 +117,10 @@ def command_line(Args, doc, check_task=None):
             if (value := getattr(args, name, None)) is not None and not 0 < value < float("inf"):
                 raise UserError(f"--{option(name)} {value} must be positive" + " and finite" * (value > 0) + ".")
         for name, most in LARGEST.items():
-            if not 0 <= (getattr(args, name, None) or 0) <= most:
-                raise UserError(f"--{option(name)} {getattr(args, name)} must lie between 0 and {most:g}.")
+            value = getattr(args, name, None) or 0
+            for number in value if isinstance(value, tuple) else (value,):
+                if not 0 <= number <= most:
+                    raise UserError(f"--{option(name)} {number} must lie between 0 and {most:g}.")
         home = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str) and v.startswith("~")}
         return replace(args, **home)
 

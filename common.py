@@ -232,6 +232,40 @@ def set_dropout(encoder, p):
     return encoder
 
 
+def attention_rollout(encoder, tokens, alpha=0.5):
+    """How much each input token contributes to the mean output token, by following attention backwards. (B, N, D) -> (B, N)
+
+        r = 1/n on the n output tokens;   block after block, from the last:   r <- (1 - alpha) r + alpha A^T r
+
+    Rollout (Abnar and Zuidema 2020) with the residual path as a share 1 - alpha, inside each window of a Swin. At a patch
+    merging, a token's share is divided equally among the four that it was made of. Values are non-negative and sum to 1;
+    without a gradient. Costs one forward pass, and the attention computed a second time.
+    """
+    r = None
+    for A, index in reversed(encoder.attentions(tokens)):  # A (B, W, T, T), index (W, T)
+        n = index.numel()
+        r = A.new_full((len(A), n), 1 / n) if r is None else r
+        if r.shape[1] < n:
+            side = round(r.shape[1] ** 0.5)
+            r = r.view(-1, side, side).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1) / 4  # (B, n)
+        share = r[:, index]  # (B, W, T)
+        share = (1 - alpha) * share + alpha * (share[:, :, None] @ A)[:, :, 0]  # A^T r
+        r = torch.empty_like(r).index_copy(1, index.flatten(), share.flatten(1))  # (B, n), in the order of the tokens
+    return r
+
+
+def received_attention(encoder, tokens, block=0):
+    """The mean attention that each token receives in one block: (B, N, D) -> (B, N), without a gradient.
+
+    It sums to 1 in each window, so it cannot prefer one window of a Swin to another.
+    Raises: ValueError for a block behind a patch merging.
+    """
+    A, index = encoder.attentions(tokens)[block]  # (B, W, T, T), (W, T)
+    if index.numel() != tokens.shape[1]:
+        raise ValueError(f"block {block} has {index.numel()} tokens, not {tokens.shape[1]}")
+    return torch.empty_like(A[:, :, 0]).flatten(1).index_copy(1, index.flatten(), A.mean(2).flatten(1))  # (B, N)
+
+
 def checkpoint_activations(encoder):
     """Activation checkpointing: store only the input of each encoder block and recompute the rest in the backward pass.
 

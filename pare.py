@@ -81,8 +81,8 @@ def top_k_mask(scores, k, temperature=0.9):
     """
     B, N = scores.shape
     hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)
-    if k in (0, N):
-        return hard  # no choice, no gradient
+    if k in (0, N) or not scores.requires_grad:
+        return hard  # no choice, or no gradient
     s = scores / temperature
     with torch.no_grad():
         offset = torch.logit(torch.tensor(k / N))  # brackets the root: sum p <= k at min s - offset, >= k at max s - offset

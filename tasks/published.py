@@ -52,8 +52,8 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
 
 
 def both(orca, **pare):
-    """Recipes of ORCA (shared by the other methods) and of PaRe; `pare` are the values that differ."""
-    return {"orca": orca, "pare": replace(orca, **pare)}
+    """Recipes of ORCA (shared by the other methods) and of PaRe, which mixes; `pare` are the values that differ."""
+    return {"orca": orca, "pare": replace(orca, **pare), "contrast": replace(orca, **pare)}
 
 
 # PaRe is published for NAS-Bench-360 only. Other tasks use the settings of ORCA, with the mixing of tasks of the same kind.

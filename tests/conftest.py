@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tools/gpu.sh gives one
 
-SLOWEST = "run_processes reproduce run matrix mona wiring fuzz recraft figures run_folder orca pde oracle pare".split()
+SLOWEST = "run_processes reproduce run matrix mona wiring fuzz recraft contrast figures run_folder orca pde oracle pare".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -278,3 +278,12 @@ def test_the_probe_measures_what_a_run_left_of_the_source(script, tmp_path, caps
 def test_the_picture_of_the_idea_can_be_drawn_again(script, tmp_path):
     script("tools/figures.py", "idea", out=tmp_path, option="--out")
     assert Image.open(tmp_path / "idea.png").size[0] > 1000
+
+
+def test_scores_keep_the_half_that_they_say(use, monkeypatch):
+    tokens, scores = torch.arange(8.0).view(1, 4, 2), torch.tensor([[0.3, 0.1, 0.4, 0.2]])
+    kept = figures.without_half(lambda t: t, tokens, scores)  # tokens 1 and 3 become the mean token (3, 4)
+    assert torch.equal(kept, torch.tensor([[(0 + 3 + 4 + 3) / 4, (1 + 4 + 5 + 4) / 4]]))
+    found = use("scores", picture=False)
+    assert len(found) == 5 and all(-1 <= cosine <= 1 for pair in found.values() for cosine in pair)
+    assert found["attention rollout"][0] != found["chance"][0]

@@ -25,6 +25,8 @@ def run(method, task, tmp_path, monkeypatch):
         options |= dict(meta_epochs=1)
     if method == "recraft":
         options |= dict(align_epochs=2, label_epochs=1, source_samples=40)
+    if method == "contrast":
+        options |= dict(contrast_epochs=1)
     if method == "lsg":  # the names of toys, or no names
         options |= dict(gcn_steps=20, prototypes="graph" if data.find_task(task).toy_names else "simplex")
     module.main(
@@ -37,7 +39,7 @@ def run(method, task, tmp_path, monkeypatch):
     assert len(losses) == 3 and min(losses[1:]) < losses[0]
     assert all(math.isfinite(value) for row in rows for value in row.values()) and math.isfinite(result["test"])
     first_stage = [row for row in rows if "stage" in row]
-    looks = {"orca": 3, "mona": 1, "recraft": 4, "lsg": 10 * (options.get("prototypes") == "graph")}
+    looks = {"orca": 3, "mona": 1, "recraft": 4, "contrast": 2, "lsg": 10 * (options.get("prototypes") == "graph")}
     assert len(first_stage) == looks.get(method, 0)
     assert result["task"] == task
 

@@ -20,6 +20,7 @@ import common
 SGD = "--task spherical --scale tiny --n-train 64 --epochs 1 --optimizer sgd --lr 0.05".split()
 FIRST = {  # stages
     "orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1], "recraft": ["--align-epochs", 2, "--label-epochs", 1],
+    "contrast": ["--contrast-epochs", 1, "--sigmas", 0],  # each process draws its own noise
     "lsg": ["--gcn-steps", 20, "--regularise-weight", 1],
 }  # fmt: skip
 UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
@@ -81,7 +82,7 @@ def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, m
         assert rows(folder)[-1]["val"] == pytest.approx(rows(tmp_path / "one" / name)[-1]["val"], abs=0.01)
         for key, value in one.items():
             assert torch.allclose(value, other[key], atol=2e-5), (way, key)
-    prefix = "model." if method in ("pare", "lsg") else ""
+    prefix = "model." if method in ("pare", "contrast", "lsg") else ""
     start = {f"{prefix}encoder.{k}": v for k, v in common.load_source("tiny-swin").encoder.named_parameters()}
     assert start.keys() <= one.keys()
     moved = sum((one[key] - value).abs().sum().item() for key, value in start.items())

@@ -20,6 +20,10 @@ Figures of the MoNA paper: how much knowledge of the source, CIFAR-10, is left a
     python tools/figures.py forgetting RUN...     3: linear-probe error by task, epochs and method
     python tools/figures.py discrepancy TASK...   4: knowledge discrepancy between tasks and source; needs no run
 
+Of the slides' proposal, on test images of CIFAR-100, without a run:
+
+    python tools/figures.py scores                which scores find the patches that matter, as a table
+
 Figure of "What explains the success of cross-modal fine-tuning with ORCA?":
 
     python tools/figures.py ablation              embedder epochs, source, frozen parts, from the runs in --out-dir
@@ -64,7 +68,7 @@ matplotlib.use("Agg")
 class Args:
     what: Annotated[
         Literal["idea", "pde", "curves", "budget", "landscape", "path", "embeddings", "patches", "gate",
-                "probe", "source", "forgetting", "discrepancy", "ablation"],
+                "probe", "source", "forgetting", "discrepancy", "scores", "ablation"],
         tyro.conf.Positional,
     ]  # fmt: skip
     """the figure or measurement"""
@@ -774,6 +778,45 @@ def discrepancy(args, classes=10, n=500, draws=5):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The slides' proposal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def without_half(encoder, tokens, scores):
+    """Mean output token when the lower-scored half of the tokens are replaced by their mean. (B, N, D), (B, N) -> (B, F)"""
+    lowest = scores.argsort(1)[:, : scores.shape[1] // 2]
+    replaced = torch.zeros_like(scores).scatter(1, lowest, 1)[..., None]  # (B, N, 1)
+    return encoder(torch.where(replaced > 0, tokens.mean(1, keepdim=True), tokens)).mean(1)
+
+
+@torch.no_grad()
+def scores_that_matter(args, n=500):
+    """A table: similarity of the pretrained encoder's mean output with half of the patches and with all of them.
+
+    Cosine of both, centred over the n test images, with the standard error of its mean. Good scores are high where the
+    higher-scored half is kept, and low where the lower-scored one is.
+    """
+    source = common.load_source(backbones.DEFAULT_BACKBONE["2d", "tiny"])
+    test = data.load("cifar100", args.data_dir, f"{args.out_dir}/cache", "tiny", 1000).test
+    x, encoder = test.inputs(draw(torch.arange(len(test)), n)), source.encoder.eval()
+    tokens = source.embedder(x)  # (n, N, D)
+    N, whole = tokens.shape[1], encoder(tokens).mean(1)
+    cut = F.unfold(F.interpolate(x, source.size), source.size // round(N**0.5), stride=source.size // round(N**0.5))
+    torch.manual_seed(0)
+    scores = {"attention rollout": common.attention_rollout(encoder, tokens)}
+    scores |= {f"attention received in block {b + 1}": common.received_attention(encoder, tokens, b) for b in (0, 1)}
+    scores |= {"variance of the patch": cut.var(1), "chance": torch.rand(len(x), N)}
+    print("| score | higher-scored half kept | lower-scored half kept |\n|---|---|---|")
+    found = {}
+    for name, score in scores.items():
+        outs = (without_half(encoder, tokens, s) for s in (score, -score))
+        cosines = [F.cosine_similarity(out - whole.mean(0), whole - whole.mean(0)) for out in outs]
+        found[name] = [cosine.mean().item() for cosine in cosines]
+        print(f"| {name} |", " | ".join(f"{c.mean():.3f} ± {c.std() / n**0.5:.3f}" for c in cosines), "|")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What explains ORCA
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -806,7 +849,7 @@ COMMANDS = {
     "idea": (0, 0, idea), "pde": (0, 0, fields), "curves": (1, MANY, curves), "budget": (1, MANY, budget),
     "landscape": (2, 2, landscape), "path": (1, 1, path), "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches),
     "gate": (0, 0, gate), "probe": (1, MANY, probe), "source": (1, MANY, source_features), "forgetting": (1, MANY, forgetting),
-    "discrepancy": (0, MANY, discrepancy), "ablation": (0, 0, ablation),
+    "discrepancy": (0, MANY, discrepancy), "scores": (0, 0, scores_that_matter), "ablation": (0, 0, ablation),
 }  # fmt: skip
 
 

@@ -35,6 +35,14 @@ RECRAFT_SAME, RECRAFT_KEPT = (
     "test_encoder_and_source_predictor_are_bit_identical_after_stage_1", "test_recraft_trains_the_embedder_only_and_keeps_it",
 )  # fmt: skip
 RECRAFT_NAIVE = "test_a_method_without_its_first_stage_is_naive_fine_tuning[recraft]"
+CONTRAST_FORMULA, CONTRAST_FIELDS = (
+    "test_the_loss_is_its_formula", "test_fields_are_weighted_by_the_correlation_of_their_targets",
+)  # fmt: skip
+CONTRAST_1, CONTRAST_2, CONTRAST_KEPT = (
+    "test_stage_1_takes_the_steps_of_the_sheet", "test_stage_2_takes_the_steps_of_pare_with_attention_scores",
+    "test_the_embedder_of_stage_1_is_kept_and_may_stay",
+)  # fmt: skip
+SCORES, KEPT_MODEL = "test_attention_scores_are_those_of_the_librarys_eager_path", "test_scores_leave_the_model_as_it_was"
 LSG, LSG_RELEASED, LSG_TEXT = (f"test_lsg_guides_by_the_graph_or_by_vectors[{kind}]" for kind in ("graph", "released", "text"))
 LSG_GRAPH = "test_the_graph_is_symmetric_with_cliques_self_loops_and_so_many_edges_between_classes"
 LSG_STAGE1, LSG_NODES = "test_the_gcn_learns_as_in_a_plain_loop", "test_nodes_and_edges_are_computed_once"
@@ -151,6 +159,52 @@ MUTATIONS = {
         (*DROPOUT, "test_recraft_passes_its_options_on"),
         (*INIT, "test_recraft_passes_its_options_on"),
     ],
+    "contrast.py": [
+        ("noise without its scale", "scale * std * torch", "std * torch",
+         "test_one_draw_has_mean_and_variance_of_a_chain_of_steps"),
+        ("noise around 0", "+ (1 - a_t) * mean", "", "test_views_keep_mean_and_variance_of_a_channel_and_draw_all_scales"),
+        ("the last noise step is never drawn", "torch.randint(1, T + 1,", "torch.randint(1, max(2, T),", CONTRAST_1),
+        ("labels of the expanded set", "torch.cat([y] * len(every))", "y.repeat_interleave(len(every), 0)",
+         "test_the_expanded_set_has_each_sample_with_each_noise"),
+        ("samples are their own positives", "(y[:, None] == y) & ~itself", "(y[:, None] == y)", CONTRAST_FORMULA),
+        ("each sample among its negatives", "weighted.masked_fill(itself, -1e9)", "weighted", CONTRAST_FORMULA),
+        ("positives are weighted", "weights.log().masked_fill(positive, 0)", "weights.log()", CONTRAST_FORMULA),
+        ("samples without positives count", "return (loss * (count > 0)).sum()", "return loss.sum()", CONTRAST_FORMULA),
+        ("negative correlations count", "correlation(targets).clamp(min=0) + EPS", "correlation(targets) + EPS",
+         "test_label_weights_follow_the_correlation_of_the_targets"),
+        ("alike targets are pushed apart", "(r * other).sum(1)", "(other / r).sum(1)",
+         "test_label_weights_follow_the_correlation_of_the_targets"),
+        ("lambda of equal labels", "torch.where(same, 1.0, 1 / (correlations + EPS))", "1 / (correlations + EPS)",
+         "test_the_printed_loss_is_its_formula"),
+        ("--label-weights ignored", 'if args.label_weights == "targets" else None', "", CONTRAST_FIELDS),
+        ("--as-printed ignored", "if not args.as_printed:", "if True:", CONTRAST_FIELDS),
+        ("an undefined loss goes on", "if not loss.isfinite():", "if False:",
+         "test_the_printed_formula_stops_the_run_where_it_is_undefined"),
+        ("one view", "twice = index.repeat_interleave(2)", "twice = index", CONTRAST_1),
+        ("no noise", "noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))", "noised = encode",
+         CONTRAST_1),
+        ("--tau ignored", "y[index], weights, args.tau)", "y[index], weights)", CONTRAST_1),
+        ("--embedder-lr ignored", "lr = args.embedder_lr or (", "lr = (", CONTRAST_1),
+        ("cosines of a sample with itself", "same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)", "same",
+         CONTRAST_1),
+        ("encoder in training mode", "model.encoder.eval()", "model.encoder.train()", CONTRAST_1),
+        ("--features ignored", '"encoder")) == "encoder"', '"encoder")) != ""',
+         "test_z_is_of_the_part_that_is_named_and_one_hot_inputs_are_told"),
+        ("stage 2 from the untouched embedder", "rows = learn_embedder(embedder,", f"rows = learn_embedder({COPIED}(embedder),",
+         CONTRAST_1),
+        ("--freeze-embedder ignored", "embedder.requires_grad_(False)", "pass", CONTRAST_KEPT),
+        ("target scores for both", "scores_t, scores_s, k)  # line 6", "scores_t, scores_t, k)  # line 6", CONTRAST_2),
+        ("source scores of other samples", "scores_s[order_s[step]]", "scores_s[order_s[step].flip(0)]", CONTRAST_2),
+        ("lambda and 1 - lambda swapped", "(1 - lam) * task.loss(out_m, y) + lam *", "lam * task.loss(out_m, y) + (1 - lam) *",
+         CONTRAST_2),
+        ("mix_weight ignored", "args.mix_weight * loss_mix", "loss_mix", CONTRAST_2),
+        ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = embedder(x_s)", CONTRAST_2),
+        ("k of the epoch after", "k = schedule(epoch, args.epochs", "k = schedule(epoch + 1, args.epochs", CONTRAST_2),
+        ("no clipping", CLIP, "pass", CONTRAST_2),
+        (*TRAIN, CONTRAST_2),
+        (*INIT, CONTRAST_2),
+        (*DROPOUT, CONTRAST_2),
+    ],
     "lsg.py": [
         ("mean over the whole prompt", "tokens[prompts[i][1]].mean(0)", "tokens.mean(0)", LSG_MEAN),
         ("nodes of any length", "return F.normalize(t, dim=1)\n", "return t\n", LSG_MEAN),
@@ -242,6 +296,9 @@ MUTATIONS = {
         (*TRAIN, NAIVE),
     ],
     "common.py": [
+        ("rollout from queries to keys swapped", "(share[:, :, None] @ A)[:, :, 0]", "(A @ share[..., None])[..., 0]", SCORES),
+        ("rollout: children get the whole share", ".flatten(1) / 4  # (B, n)", ".flatten(1)  # (B, n)", SCORES),
+        ("received attention of queries", "A.mean(2).flatten(1))  # (B, N)", "A.mean(3).flatten(1))  # (B, N)", SCORES),
         ("class predictor takes the maximum", ".mean(1))  # (B, n, F) -> (B, F)", ".amax(1))  # (B, n, F) -> (B, F)",
          NAIVE),
         ("class predictor takes the first token", ".mean(1))  # (B, n, F) -> (B, F)",
@@ -392,6 +449,12 @@ MUTATIONS = {
         ("a mistake exits with 1", "raise SystemExit(2)", "raise SystemExit(1)", "test_a_forbidden_folder_costs_two_lines"),
     ],
     "backbones.py": [
+        ("windows not shifted", "roll([-s for s in block.shift_size], (0, 1))", "clone()", SCORES),
+        ("no relative positions", " + bias.T.unflatten(1, (x.shape[1], x.shape[1]))", "", SCORES),
+        ("no mask between shifted regions", "logits if mask is None else logits + mask[:, None]", "logits", SCORES),
+        ("attention unscaled", "q @ k.mT / q.shape[-1] ** 0.5", "q @ k.mT", SCORES),
+        ("scores with dropout", "encoder.eval().forward(tokens)", "encoder.forward(tokens)", KEPT_MODEL),
+        ("hooks stay", "            handle.remove()\n", "            pass\n", KEPT_MODEL),
         ("encoder without its last LayerNorm", "return self.norm(self.layers(x)).flatten(1, 2)",
          "return self.layers(x).flatten(1, 2)",
          NAIVE),

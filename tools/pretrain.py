@@ -39,6 +39,8 @@ class Images:
 
     data_dir: str = "datasets"
     """folder with tiny-imagenet-200/ or its zip files"""
+    n_train: int | None = None
+    """this many training images, drawn at random. Default: all"""
     out: str = "weights/tiny-swin"
     """OUT.safetensors (fp16) and OUT.md are written after each epoch; an interrupted training resumes from OUT.part"""
     size: int = 32
@@ -168,8 +170,8 @@ def images(args):
     torch.manual_seed(args.seed)
     proxy, start = data.PROXIES["tiny_imagenet"], time.time()
     splits = {
-        s: data.Split(*read_tiny_imagenet(Path(args.data_dir), split=s), 200, "official", proxy, device)
-        for s in ("train", "val")
+        s: data.Split(*read_tiny_imagenet(Path(args.data_dir), n, split=s), 200, "official", proxy, device)
+        for s, n in (("train", args.n_train), ("val", None))
     }
     train, val = splits["train"], splits["val"]
     train.augment = lambda x, u: resized(resized_crop_and_flip(x, u, scale=(args.crop, 1)))

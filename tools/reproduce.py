@@ -45,7 +45,8 @@ from tools.variants import METHODS, PATCHES
 matplotlib.use("Agg")
 
 # imported once, for all runs: the method files, what they import lazily, and this file
-PRELOAD = ("pare", "orca", "mona", "recraft", "lsg", "finetune", "timm", "transformers", "sklearn.cluster", "tools.reproduce")
+PRELOAD = ("pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune", "timm", "transformers", "sklearn.cluster",
+           "tools.reproduce")  # fmt: skip
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source", "lr",
            "epochs", "steps", "best_epoch", "n_train", "seconds", "device", "torch", "commit", "options")  # fmt: skip
 
@@ -67,9 +68,9 @@ PUBLISHED = {
 class Args:
     tasks: tuple[str, ...] = ("spherical",)
     """tasks; `python data.py` lists them"""
-    methods: tuple[str, ...] = ("pare", "orca", "mona", "recraft", "naive", "warmup", "frozen", "scratch")
-    """method files and modes: pare orca mona recraft naive warmup frozen probe scratch, and lsg where classes have names;
-    variants: see tools/variants.py; references: boosting logistic (classes), mean input fourier (fields)"""
+    methods: tuple[str, ...] = ("pare", "orca", "mona", "recraft", "contrast", "naive", "warmup", "frozen", "scratch")
+    """method files and modes: pare orca mona recraft contrast naive warmup frozen probe scratch, and lsg where classes have
+    names; variants: tools/variants.py; references: boosting logistic (classes), mean input fourier (fields)"""
     seeds: int = 3
     """number of seeds, from seed 0. 0: only the tables of the finished runs"""
     n_train: int | None = None

@@ -13,6 +13,7 @@ METHODS = {
     "orca": "orca.py",
     "mona": "mona.py",
     "recraft": "recraft.py",
+    "contrast": "contrast.py",
     "lsg": "lsg.py",
     **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
@@ -22,6 +23,12 @@ METHODS = {
     "recraft-align": "recraft.py --label-epochs 0",
     "recraft-labels": "recraft.py --align-epochs 0",
     "recraft-freeze-embedder": "recraft.py --freeze-embedder",  # R2
+    # ---- contrast: stage 1 alone, stage 2 alone, and what the slides leave open (C5, C9)
+    "contrast-stage1": "contrast.py --k-begin 0",  # to be compared with naive
+    "contrast-stage2": "contrast.py --contrast-epochs 0",
+    "contrast-embedder": "contrast.py --features embedder",
+    "contrast-freeze-embedder": "contrast.py --freeze-embedder",
+    **{f"contrast-{scores}": f"contrast.py --scores {scores}" for scores in ("received", "gate", "random")},
     # ---- LSG: is language worth anything? `MINILM` names a folder of a BERT-like model that knows more than tiny-roberta
     "lsg-text": "lsg.py --prototypes text",
     "lsg-random": "lsg.py --prototypes random",

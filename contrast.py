@@ -1,0 +1,363 @@
+"""The slides' own proposal: a contrastive target embedder, then patches replaced by attention scores instead of a gate.
+
+Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", slides 43 to 46 (2024). Never published or implemented; its loss
+cannot be run as printed. This file is a well-posed reading of it, and `--as-printed` is the formula itself.
+
+    stage 1, contrastive embedder, in each step:
+    1  x' = a^t x + sqrt(1 - a^2t) eps,  a = sqrt(1 - sigma^2)       two noisy views of each sample, with random sigma and t
+    2  z = mean over tokens of g(embedder(x'))                       g the pretrained encoder, frozen
+    3  L_i = mean over positives p of [ -s_ip / tau + log( sum_q exp(s_iq / tau) + sum_n lambda_in exp(s_in / tau) ) ]
+       s = cos(z_i, z_j); positives p, q have the label of i, negatives n another one, less alike -> larger lambda_in
+    4  step on the embedder alone along the gradient of the mean of L_i
+    stage 2, PaRe with other scores:
+    5  S = attention rollout: how much of the mean output token comes from each input token, of source and target samples
+    6  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s;  k falls as in PaRe
+    7  L = L(h_t(g(X_t)), y_t) + mix_weight [(1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)]
+
+The printed loss of a class Y is -log(N_Y / D_Y): N_Y sums cos(z_i, z_j) over the pairs inside Y, D_Y lambda_ij cos(z_i, z_j)
+over the pairs that begin in Y. Its four faults, each shown by a test:
+
+    D_Y can be negative, since cosines have either sign: then the logarithm is undefined;
+    D_Y is 0 where one wants to go, at the simplex of K classes: the loss falls to -infinity, and is undefined behind it;
+    only sums over classes enter: perfect clusters and "every sample on its own axis" both give 0;
+    lambda = 1 / (correlation of labels + eps): one-hot classes all correlate by -1/(K - 1), so lambda is one constant.
+
+    python contrast.py --task spherical
+
+What the slides leave open, and what was chosen: docs/paper-vs-code.md, C1 to C12.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cli
+import common
+import data
+from pare import Gate, replace_patches, schedule
+from run import LOG_EVERY, Run, average_gradients, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
+
+
+@dataclass(frozen=True)
+class Args(cli.Args):
+    """The options of the proposal; those that all methods share are in cli.Args."""
+
+    contrast_epochs: int = 5
+    """passes over the training samples in stage 1; 0: none. With --k-begin 0 as well: naive fine-tuning"""
+    contrast_samples: int = 128
+    """samples in a step of stage 1, two views of each"""
+    sigmas: tuple[float, ...] = (0.1, 0.2, 0.4)
+    """scales of the noise of a view, relative to the standard deviation of each channel, drawn with equal chance"""
+    noise_steps: int = 2
+    """T: the noise is added t times, t = 1 ... T with equal chance"""
+    tau: float = 0.1
+    """temperature of the contrastive loss"""
+    label_weights: Literal["targets", "none"] = "targets"
+    """lambda of fields and multi-label targets: by the correlation of the targets, or 1. Classes: always 1"""
+    features: Literal["encoder", "embedder"] | None = None
+    """whose tokens z is the mean of: the frozen encoder's, or the embedder's, which is cheaper. Default: encoder; as printed:
+    embedder"""
+    embedder_lr: float | None = None
+    """of stage 1. Default, ORCA's rule: 10 times the lr of one batch, or lr if that is above 1e-3"""
+    as_printed: bool = False
+    """the slides' loss, literally; the run stops when it is undefined"""
+    freeze_embedder: bool = False
+    """keep the embedder of stage 1 in stage 2; the slides name both"""
+    scores: Literal["rollout", "received", "gate", "random"] = "rollout"
+    """of patches: attention followed from the output, attention received in the first block, PaRe's gate, chance"""
+    k_begin: float | None = None
+    """k0 as a share of the N target tokens, as in PaRe"""
+    k_end: float | None = None
+    """share that k falls to; 0"""
+    ratio: Literal["k/k0", "k/N"] | None = None
+    """lambda of line 7, as in PaRe"""
+    mix_weight: float | None = None
+    """weight of L_mix in line 7, as in PaRe"""
+
+
+EPS = 0.1  # in lambda = 1 / (correlation + eps): weights of negatives differ by a factor of 11 at most
+MEASURED = 512  # target samples on which each epoch of stage 1 is measured
+
+
+def noisy(x, sigma, t, mean=0.0, std=1.0):
+    """t steps of x <- sqrt(1 - sigma^2) x + sigma eps in one draw: a^t x + sqrt(1 - a^2t) eps, a = sqrt(1 - sigma^2).
+
+    Line 1. sigma, t: numbers, or one for each sample, (B, 1, ...). What is noised is (x - mean) / std, so that x keeps its mean
+    and standard deviation, `mean` and `std` (C, 1, ...). sigma = 0 returns x bit for bit; sigma = 1 is pure noise.
+    """
+    log_a2t = t * torch.log1p(-(torch.as_tensor(sigma, device=x.device) ** 2))  # log a^2t
+    a_t, scale = (log_a2t / 2).exp(), (-torch.expm1(log_a2t)).sqrt()
+    return a_t * x + (1 - a_t) * mean + scale * std * torch.randn_like(x)
+
+
+def views(x, sigmas, T, mean=0.0, std=1.0):
+    """One noisy view of each sample, its sigma and t drawn with equal chance, all on the device of x. (B, ...) -> (B, ...)"""
+    shape = (len(x), *[1] * (x.ndim - 1))
+    sigma = torch.tensor(sigmas, device=x.device)[torch.randint(len(sigmas), shape, device=x.device)]  # (B, 1, ...)
+    return noisy(x, sigma, torch.randint(1, T + 1, shape, device=x.device), mean, std)
+
+
+def expand(x, y, sigmas, T, mean=0.0, std=1.0):
+    """The slides' whole expanded set, M = N K T samples: each sample with each sigma and t = 1 ... T. Labels repeat.
+
+    x (N, ...), y (N, ...) -> (K T N, ...), (K T N, ...). Stage 1 draws views as it goes instead.
+    """
+    every = [noisy(x, sigma, t, mean, std) for sigma in sigmas for t in range(1, T + 1)]
+    return torch.cat(every), torch.cat([y] * len(every))
+
+
+def correlation(targets):
+    """Pearson correlation of the samples' targets; 0 for a constant one. (B, ...) -> (B, B)"""
+    flat = targets.flatten(1).nan_to_num().double()  # (B, everything)
+    unit = F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+    return (unit @ unit.T).float()
+
+
+def label_weights(targets, y):
+    """lambda_ij of line 3: r_ij / mean over negatives n of r_in,  r_ij = 1 / (max(correlation_ij, 0) + eps). -> (B, B)
+
+    Targets that are less alike are pushed apart harder; the mean weight of the negatives of each sample is 1. One-hot classes,
+    whose correlation is negative, all get 1.
+    """
+    r, other = 1 / (correlation(targets).clamp(min=0) + EPS), y[:, None] != y  # (B, B)
+    return r * (other.sum(1) / (r * other).sum(1).clamp(min=1e-9))[:, None]
+
+
+def contrastive_loss(z, y, weights=None, tau=0.1):
+    """Line 3: supervised contrastive loss (Khosla et al. 2020, L_out) with weighted negatives. (B, D), (B,) -> scalar
+
+        L_i = mean_{p in P(i)} -s_ip / tau + log( sum_{q in P(i)} e^{s_iq / tau} + sum_{n in N(i)} lambda_in e^{s_in / tau} )
+
+    s_ij = cos(z_i, z_j); P(i): other samples with the label of i; N(i): those with another. No positives: left out.
+    Check values for K classes of n, lambda = 1: collapse log(nK - 1); orthogonal clusters log(n - 1 + n (K - 1) e^{-1/tau}).
+
+    Args: weights (B, B): lambda, positive; only those of negatives are used. None: 1.
+    Returns: the loss; 0 if no sample has a positive.
+    """
+    unit = F.normalize(z, dim=1, eps=1e-8)  # (B, D)
+    logits, itself = unit @ unit.T / tau, torch.eye(len(z), dtype=torch.bool, device=z.device)  # s / tau, (B, B)
+    positive = (y[:, None] == y) & ~itself
+    weighted = logits if weights is None else logits + weights.log().masked_fill(positive, 0)  # log(lambda e^s)
+    count = positive.sum(1)  # |P(i)|
+    loss = weighted.masked_fill(itself, -1e9).logsumexp(1) - (logits * positive).sum(1) / count.clamp(min=1)  # L_i, (B,)
+    return (loss * (count > 0)).sum() / (count > 0).sum().clamp(min=1)
+
+
+def printed_loss(z, y, correlations):
+    """The slides' loss, mean over classes Y; NaN or infinite where it is undefined. z (B, D), y (B,), (B, B) -> scalar
+
+        L_Y = -log( sum_{i, j in Y} cos(z_i, z_j) / sum_{i in Y} sum_j lambda_ij cos(z_i, z_j) ),   lambda_ij = 1 inside Y
+    """
+    unit = F.normalize(z, dim=1, eps=1e-8)  # (B, D)
+    same, (classes, index) = y[:, None] == y, y.unique(return_inverse=True)
+    cosines, lam = unit @ unit.T, torch.where(same, 1.0, 1 / (correlations + EPS))  # (B, B)
+    over_class = lambda rows: rows.new_zeros(len(classes)).index_add(0, index, rows)  # (B,) -> (K,)
+    return -torch.log(over_class((cosines * same).sum(1)) / over_class((cosines * lam).sum(1))).mean()
+
+
+def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
+    """Stage 1: trains `embedder`, and nothing else (lines 1 to 4).
+
+    Args:
+        encode: samples (B, ...) to tokens (B, n, F), whose mean is z.
+        train: the target's training samples, a data.Split. y (len(train),): their classes or pseudo-labels.
+        progress: wraps the epochs. rank: the number of this process, each draws its own noise.
+    Returns: a row for each epoch, the first before any step: loss, mean cosine of samples with equal labels, and of others, all
+        of a fixed sample without noise; seconds.
+    Raises: UserError if a loss is not finite; as printed, it may be undefined.
+    """
+    parameters, n, rows = list(embedder.parameters()), len(train), []
+    fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))
+    fixed = fixed[:MEASURED].to(y.device)  # (m,)
+    x = train.inputs(fixed[: train.chunk]).transpose(0, 1)  # (C, m, ...)
+    mean, std = (f(x.flatten(1), 1).view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))  # (C, 1, ...)
+    noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
+
+    def loss_of(z, index):
+        targets = F.one_hot(y[index], train.classes) if train.target == "class" else train.targets(index)  # (B, ...)
+        if not args.as_printed:
+            weights = label_weights(targets, y[index]) if args.label_weights == "targets" else None
+            return contrastive_loss(z, y[index], weights, args.tau)  # line 3
+        loss = printed_loss(z, y[index], correlation(targets))
+        if not loss.isfinite():
+            wrong = f"the printed loss is {loss.item()} in epoch {max(1, len(rows))} of stage 1: undefined for this batch."
+            raise cli.UserError(f"{wrong}\nThe formula is at fault (top of contrast.py): leave out --as-printed.")
+        return loss
+
+    def measure(start):
+        with torch.no_grad():
+            z = embed_all(encode, train, fixed)  # (m, F)
+            unit, same = F.normalize(z, dim=1), y[fixed][:, None] == y[fixed]  # (m, m)
+            pairs = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device), ~same
+            cosines = ((unit @ unit.T * chosen).sum() / chosen.sum().clamp(min=1) for chosen in pairs)
+            found = [value.item() for value in (loss_of(z, fixed), *cosines)]
+        if not all(map(math.isfinite, found)):
+            raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr.")
+        names = "contrast", "cosine, equal labels", "cosine, others"
+        rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": time.perf_counter() - start})
+
+    measure(time.perf_counter())
+    lr, weight_decay = data.of_one_batch(args)
+    lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
+    optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    size = min(args.contrast_samples, n)
+    for epoch in progress(range(args.contrast_epochs)):
+        seed_everything("contrast", args.seed, epoch, rank)
+        start, (order, _) = time.perf_counter(), train.plan(n // size, size, args.seed, epoch, stage=1)
+        for index in order.to(y.device):
+            twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)
+            loss_of(embed_all(noised, train, twice), twice).backward(inputs=parameters)  # line 4: none for the encoder
+            average_gradients(parameters)
+            optimizer.step()
+            optimizer.zero_grad()
+        measure(start)
+    return rows
+
+
+class Replacement(nn.Module):
+    """Everything that trains in stage 2: the model and the source predictor h_s; a gate only with `--scores gate`."""
+
+    def __init__(self, model, predictor_s, scores, width):
+        super().__init__()
+        self.model, self.predictor_s, self.scores = model, predictor_s, scores
+        self.gate = Gate(width) if scores == "gate" else None
+
+    def score(self, tokens):
+        """Line 5: one score for each token, higher is more important. (B, N, D) -> (B, N)"""
+        if self.scores == "random":
+            return torch.rand(tokens.shape[:2], device=tokens.device)
+        if self.scores == "gate":
+            return self.gate(tokens)
+        follow = common.attention_rollout if self.scores == "rollout" else common.received_attention
+        return follow(self.model.encoder, tokens)
+
+    def forward(self, x, tokens_s, scores_s, k):
+        """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); k = 0: only the first. scores_s (B, N_s) or None: to be found."""
+        tokens_t = self.model.embedder(x)  # (B, N, D)
+        if k == 0:
+            return self.model.predictor(self.model.encoder(tokens_t)), None, None
+        scores_t, scores_s = self.score(tokens_t), self.score(tokens_s) if scores_s is None else scores_s  # (B, N), (B, N_s)
+        tokens_m = replace_patches(tokens_t, tokens_s, scores_t, scores_s, k)  # line 6: (B, N, D)
+        features, features_m = self.model.encoder(torch.cat([tokens_t, tokens_m])).chunk(2)  # (2B, N, D) -> 2 x (B, n, F)
+        return self.model.predictor(features), self.model.predictor(features_m), self.predictor_s(features_m)
+
+
+def main(args):
+    # ---- set up: processes, device, seed, data, run folder
+    run = Run(args, "contrast")  # contrast
+    args, device = run.args, run.device
+    with run.first_process_first():
+        source = common.load_source(args.backbone)  # contrast
+        loaded = data.load(
+            args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
+        )
+        source_set = data.load_proxy(  # contrast
+            args.source, args.data_dir, args.scale, data.SOURCE_SAMPLES, args.seed, device, source.tokenizer  # contrast
+        )  # contrast
+    task, train = loaded.task, loaded.train
+    if not run.start(train, source_set):  # contrast
+        return
+
+    # ---- the model
+    embedder = common.make_embedder(task.shape, source, args.init, task.tokens)  # contrast
+    predictor = common.make_predictor(train.output, task.target, source, embedder, pooling=args.as_released)
+    model = common.Model(embedder, common.set_dropout(source.encoder, args.dropout), predictor)
+    if args.compile:
+        run.compile(model.encoder)
+
+    # ---- contrast: source predictor; stage 1, the embedder alone; scores of the source
+    shared = task.target == source_set.target == "field"  # as in PaRe
+    predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
+    net = Replacement(model, predictor_s, args.scores, source.token_width)
+    N, N_s = embedder.tokens, source.tokens(source_set.shape)
+    k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
+    if k_end > k0:
+        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+    net.to(device)
+    source.embedder.to(device)
+    if args.contrast_epochs > 0 and not run.restore_stage1(embedder=embedder):
+        model.encoder.eval()
+        deep = (args.features or ("embedder" if args.as_printed else "encoder")) == "encoder"
+        seen = train.inputs(torch.arange(min(64, len(train)), device=device))
+        if ((seen == 0) | (seen == 1)).all():
+            print("contrast the inputs are one-hot: Gaussian noise turns them into views that no sample looks like")
+
+        def encode(x):
+            with run.autocast():
+                return (model.encoder(embedder(x)) if deep else embedder(x)).float()  # (B, n, F)
+
+        progress = lambda epochs: run.progress(epochs, len(epochs), "stage 1")
+        rows = learn_embedder(embedder, encode, train, data.class_labels(train, seed=args.seed), args, progress, run.rank)
+        run.keep_stage1(rows, embedder=embedder)
+        said = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
+        print(f"contrast {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
+    scores_s = None  # (n_s, N_s): of attention, by the pretrained encoder, once for each source sample
+    if args.scores in ("rollout", "received") and k0 > 0:
+        parts = torch.arange(len(source_set), device=device).split(64)
+        with run.autocast(), torch.no_grad():
+            scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])
+            scores_t = net.score(embedder(train.inputs(torch.arange(min(64, len(train)), device=device))))
+        vary = [(s.std(1) / s.mean(1)).mean().item() for s in (scores_t, scores_s)]  # coefficients of variation
+        print(f"contrast scores vary by {vary[0]:.0%} of their mean (target) and {vary[1]:.0%} (source)")
+    print(f"contrast k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
+    if args.freeze_embedder:
+        embedder.requires_grad_(False)
+
+    # ---- optimizer and schedule
+    if args.checkpoint:
+        common.checkpoint_activations(model.encoder)
+    net = run.distribute(net)
+    steps = train.batches_in_epoch(args)
+    optimizer = make_optimizer(net, args)
+    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
+
+    # ---- train
+    for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
+        seed_everything("epoch", args.seed, epoch, run.rank)
+        net.train()
+        start, losses = time.perf_counter(), torch.zeros(steps, device=device)
+        batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
+        order_s = source_set.plan(steps, args.batch_size, args.seed, epoch)[0][:, run.rank :: run.world].to(device)  # contrast
+        k = schedule(epoch, args.epochs, k0, k_end)  # contrast
+        lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # contrast: lambda
+        for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
+            window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
+            step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
+            with run.no_sync_unless(step_follows, net):
+                x_s, y_s = source_set.inputs(order_s[step]), source_set.targets(order_s[step])  # contrast: as it was scored
+                with run.autocast():
+                    tokens_s = source.embedder(x_s)  # contrast: (B, N_s, D), frozen
+                    of_s = None if scores_s is None else scores_s[order_s[step]]  # contrast: (B, N_s)
+                    out, out_m, out_ms = net(x, tokens_s, of_s, k)  # contrast: (B, ...), (B, ...), (B, ...)
+                loss = task.loss(out, y)
+                if k > 0:  # contrast: L_mix, as in PaRe
+                    loss_mix = (1 - lam) * task.loss(out_m, y) + lam * source_set.loss(out_ms, y_s)  # contrast: line 7
+                    loss = loss + args.mix_weight * loss_mix  # contrast: line 7
+                (loss / window).backward()  # averaged over the window; the official codes sum
+            if step_follows:
+                if args.clip > 0:
+                    nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            losses[step] = loss.detach()
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        seconds = time.perf_counter() - start
+        val = run.evaluate(model, loaded.val, task)
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row |= {"k": k, "lambda": lam}  # contrast
+        run.end_epoch(net, model, optimizer, scheduler, row)
+
+    # ---- test: the last epoch, and the epoch that was best on validation
+    return run.finish(model, loaded, args.source)  # contrast
+
+
+if __name__ == "__main__":
+    cli.guarded(main, cli.command_line(Args, __doc__, data.find_task))
