@@ -43,6 +43,10 @@ CONTRAST_1, CONTRAST_2, CONTRAST_KEPT = (
     "test_the_embedder_of_stage_1_is_kept_and_may_stay",
 )  # fmt: skip
 SCORES, KEPT_MODEL = "test_attention_scores_are_those_of_the_librarys_eager_path", "test_scores_leave_the_model_as_it_was"
+BASELINES = "test_each_baseline_learns_and_trains_what_it_says"
+LORA, MERGED = (
+    "test_lora_starts_at_the_pretrained_model_and_adds_updates_of_rank_r", "test_lora_evaluates_and_saves_the_merged_weights",
+)  # fmt: skip
 LSG, LSG_RELEASED, LSG_TEXT = (f"test_lsg_guides_by_the_graph_or_by_vectors[{kind}]" for kind in ("graph", "released", "text"))
 LSG_GRAPH = "test_the_graph_is_symmetric_with_cliques_self_loops_and_so_many_edges_between_classes"
 LSG_STAGE1, LSG_NODES = "test_the_gcn_learns_as_in_a_plain_loop", "test_nodes_and_edges_are_computed_once"
@@ -282,6 +286,14 @@ MUTATIONS = {
         ("frozen trains attention", '(".attn.qkv.", ".attn.proj.", ".mlp.")', '(".attn.proj.", ".mlp.")', PARTS),
         ("probe trains the encoder", 'return mode != "probe" or name.startswith("predictor.")',
          'return mode != "probe" or not name.startswith("embedder.")', PARTS),
+        ("norms trains the whole encoder", 'return mode == "norms" and "norm" in name.lower()', 'return mode == "norms"', BASELINES),
+        ("lora unscaled", "self.scale * (B @ A)", "(B @ A)", LORA),
+        ("lora starts elsewhere", "nn.ParameterList(torch.zeros(", "nn.ParameterList(torch.ones(", LORA),
+        ("lora leaves out the feed-forward", 'if not trains("frozen", name) and p.ndim == 2}',
+         'if not trains("frozen", name) and p.ndim == 2 and "mlp" not in name}', LORA),
+        ("lora without --alpha", "LoRA(model, args.rank, args.alpha)", "LoRA(model, args.rank, 16.0)", MERGED),
+        ("lora without --rank", "LoRA(model, args.rank, args.alpha)", "LoRA(model, 8, args.alpha)", MERGED),
+        ("lora saves W_0", "lora.model.state_dict() | lora.merged()", "lora.model.state_dict()", MERGED),
         ("as released not truncated", '"truncated" if args.as_released else', "", "test_naive_as_released_starts_truncated"),
         ("--init ignored", "else args.init  # finetune", 'else "copy"  # finetune', PARTS),
         (*DROPOUT, NAIVE),

@@ -15,7 +15,7 @@ METHODS = {
     "recraft": "recraft.py",
     "contrast": "contrast.py",
     "lsg": "lsg.py",
-    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
+    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "lora", "norms", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
     "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: faster on a CPU
     "recraft-released": "recraft.py --as-released --reg 0",  # its distance by a linear programme: faster on a CPU
