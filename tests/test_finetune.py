@@ -52,8 +52,9 @@ def naive(tmp_path_factory):
         ("mona", ["--meta-epochs"]),
         ("recraft", ["--align-epochs", "--label-epochs"]),
         ("contrast", ["--contrast-epochs", "--k-begin"]),
+        ("lsg", ["--align-weight", "--regularise-weight"]),
     ],
-    ids=["orca", "mona", "recraft", "contrast"],
+    ids=["orca", "mona", "recraft", "contrast", "lsg"],
 )
 def test_a_method_without_its_first_stage_is_naive_fine_tuning(naive, tmp_path, method, without):
     options, folder = naive
