@@ -38,7 +38,7 @@ def displayed(x):
 
 
 def confusion(title, out, y, names=None):
-    """Which classes are taken for which: the share of each row's class that is predicted as each column's. out (n, K), y (n,)"""
+    """Which classes are taken for which: the share of each true class that is predicted as each class. out (n, K), y (n,)"""
     K = out.shape[1]
     share = np.zeros((K, K))
     np.add.at(share, (y, out.argmax(1)), 1)
