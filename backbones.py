@@ -102,8 +102,8 @@ class SwinEncoder(nn.Module):
 class VitEncoder(nn.Module):
     """The blocks of a ViT and its last LayerNorm: (B, N, D) -> (B, N, F), F = D; in CLIP's, another LayerNorm comes first.
 
-    The tokens that are no patches (class, distillation, registers: P in all, a SigLIP has none) stay inside: they are put first,
-    and dropped at the end. What timm has behind the last LayerNorm is not used: pooling, `fc_norm`, heads.
+    The tokens that are no patches (class, distillation, registers: P in all, a SigLIP has none) stay inside: they are put in
+    front, and dropped at the end. What timm has behind the last LayerNorm is not used: pooling, `fc_norm`, heads.
     """
 
     def __init__(self, vit):
