@@ -27,15 +27,15 @@ import numpy as np
 
 from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
-from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present
+from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, kept, locate, numbers, present
 from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
 # What a task of one's own needs is here, too, so that it takes one import (README, "Your own data"): the command line, files
 # found and read, a toy.
-__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy",
-           "locate", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
+__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "class_names", "command_line", "find_task", "guarded", "kept",
+           "load", "load_proxy", "locate", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
 toy_signals = toys.signals
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,6 +69,10 @@ class Task:
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
     direction: str = "min"
     kind: str = ""  # of the tiny recipes; default: by modality and target
+    # what the classes are called, in the order of their numbers: names, or (data_dir) -> names; or why there are none
+    names: tuple[str, ...] | Callable | str = ""
+    toy_names: tuple[str, ...] = ()  # what the classes of `toy` are
+    sample: str = "an example"  # what a sample is: "a photo" of a class
 
     def __post_init__(self):
         kinds = {"2d": ("images", "2D fields"), "1d": ("series", "1D fields")}[self.modality]
@@ -122,10 +126,12 @@ TASKS = table((
         "cifar100", "natural images, the control", (3, 32, 32), "class", (100,), images.read_cifar100,
         functools.partial(toys.images, size=32), (("cifar100",),), RECIPES["cifar100"],
         mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), augment=images.crop_and_flip,
+        names=images.cifar100_names, toy_names=toys.IMAGE_NAMES, sample="a photo",
     ),
     Task(
         "spherical", "CIFAR-100 projected onto a rotated sphere", (3, 60, 60), "class", (100,), images.read_spherical,
         functools.partial(toys.spherical, size=60), (("s2_cifar100", "cifar100"),), RECIPES["spherical"],
+        names=images.cifar100_names, toy_names=toys.IMAGE_NAMES, sample="a photo",
     ),
     Task(
         "darcy", "flow through a porous medium", (3, 85, 85), "field", (85, 85), fields.read_darcy,
@@ -147,27 +153,31 @@ TASKS = table((
     Task(
         "ninapro", "hand movements from muscle signals", (1, 16, 52), "class", (18,), signals.read_ninapro,
         functools.partial(toys.signals, shape=(1, 16, 52), classes=6), tuple((key,) for key in NINAPRO), RECIPES["ninapro"],
+        names="the movements are known, but not in which order NAS-Bench-360 numbers them",
     ),
     Task(
         "fsd50k", "sound events, from a log-mel image", (1, 96, 102), "labels", (200,), signals.read_fsd50k,
         toys.sounds, (("audio",),), RECIPES["fsd50k"],
         loss=functools.partial(scores.presence, positive=10.0), score=scores.clip_map_error, metric="1-mAP",
         augment=signals.hear, draws=25, stored=(2, signals.RATE),
+        names=signals.fsd50k_names, toy_names=toys.wave_names(6, 200.0), sample="a recording",
     ),
     Task(
         "ecg", "heart rhythm from an electrocardiogram", (1, 1000), "class", (4,), signals.read_ecg,
         functools.partial(toys.signals, shape=(1, 1000), classes=4), (("ecg",),), RECIPES["ecg"],
         score=scores.macro_f1_error, metric="1-F1", tokens=64,
+        names=signals.ECG_NAMES, toy_names=toys.wave_names(4), sample="an electrocardiogram",
     ),
     Task(
         "satellite", "land cover from 46 dates of a pixel", (1, 46), "class", (24,), signals.read_satellite,
         functools.partial(toys.signals, shape=(1, 46), classes=6), (("satellite_train",), ("satellite_test",)),
-        RECIPES["satellite"],
+        RECIPES["satellite"], names="its files number the 24 land covers, and no list says which is which",
     ),
     Task(
         "deepsea", "chromatin features from DNA", (4, 1000), "labels", (36,), signals.read_deepsea,
         toys.dna, (("deepsea",),), RECIPES["deepsea"],
         loss=functools.partial(scores.presence, positive=4.0), score=scores.label_auroc_error, metric="1-AUROC",
+        names="which 36 of the 919 chromatin features its file keeps is not recorded",
     ),
     pdebench(
         "advection1d", "a wave travels", (1, 256), (1, 256),
@@ -211,6 +221,7 @@ def openml_task(number):
     return Task(
         f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(read_openml, number=number),
         toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens, kind="tables",
+        names="the categories of its target are numbers or codes, not words",
     )  # fmt: skip
 
 
@@ -496,6 +507,22 @@ def count_classes(target, y):
     if target == "class":
         return int(y.max()) + 1
     return y.shape[1] if target == "labels" else None
+
+
+def class_names(loaded, data_dir):
+    """What the classes or labels of a `Loaded` are called, in the order of their numbers: K str.
+
+    Toys have names of their own, which say what was drawn. Raises UserError where there are none, and why; Missing if the file
+    that has them is.
+    """
+    task, toy, K = loaded.task, loaded.train.kind == "toy", loaded.train.classes
+    names = task.toy_names[:K] if toy else task.names(Path(data_dir)) if callable(task.names) else task.names
+    if not isinstance(names, tuple) or not names:
+        why = "its toy data have none" if toy else names or "its files have none"
+        raise UserError(f"{task.name} has no class names: {why}.")
+    if len(names) != K:
+        raise UserError(f"{task.name}: {len(names)} class names for {K} classes.")
+    return names
 
 
 def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", tokenizer=None):

@@ -6,6 +6,8 @@
     scratch   the same network with random weights: what is the pretraining worth?
     frozen    attention and feed-forward of the encoder stay as pretrained (FPT, frozen pretrained transformer)
     warmup    first only the embedder trains, then everything (Emb, the baseline of MoNA)
+    lora      W = W_0 + alpha / r B A for each linear map of attention and feed-forward; only A, B, embedder and predictor train
+    norms     LayerNorms, embedder and predictor train
     probe     only the predictor trains
 
     python finetune.py --task spherical --mode naive
@@ -18,6 +20,7 @@ from another embedder than ORCA, which is worth more than most methods. `--as-re
 docs/paper-vs-code.md, O2.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -35,17 +38,23 @@ from run import LOG_EVERY, Run, make_optimizer, make_schedule, mean_loss, seed_e
 class Args(cli.Args):
     """The options of the baselines; those that all methods share are in cli.Args."""
 
-    mode: Literal["naive", "scratch", "frozen", "warmup", "probe"] = "naive"
+    mode: Literal["naive", "scratch", "frozen", "warmup", "lora", "norms", "probe"] = "naive"
     """what trains, and from where: see above"""
     warmup_share: float = 1 / 6
     """warmup: share of --epochs that trains only the embedder"""
+    rank: int = 8
+    """lora: r, the rank of each update"""
+    alpha: float = 16.0
+    """lora: updates are scaled by alpha / r"""
 
 
-def trains(mode, name, warming):
+def trains(mode, name, warming=False):
     """Does the parameter `name` train? They are called embedder.*, encoder.* and predictor.*"""
     if mode == "frozen":  # FPT freezes attention and feed-forward only: LayerNorms, position biases, class token... train
         images, text = (".attn.qkv.", ".attn.proj.", ".mlp."), (".attention.self.", ".dense.")
         return not any(part in name for part in images + text)
+    if mode in ("lora", "norms") and name.startswith("encoder."):  # lora: A and B are no parameters of the model
+        return mode == "norms" and "norm" in name.lower()
     if mode == "warmup" and warming:  # the embedder alone; the random predictor waits too, as the text says "all else frozen"
         return name.startswith("embedder.")
     return mode != "probe" or name.startswith("predictor.")
@@ -55,6 +64,30 @@ def choose(model, mode, warming=False):
     """Switch gradients on or off by parameter, so that what is frozen costs no gradient either."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(mode, name, warming))
+
+
+class LoRA(nn.Module):
+    """Low-rank updates of a frozen encoder (Hu et al. 2022, equation 3): W = W_0 + alpha / r B A, A (r, in), B (out, r).
+
+    B starts at 0: training starts from the pretrained model. Saves memory of the optimizer, not time: the gradient of W is
+    computed, then projected.
+    """
+
+    def __init__(self, model, rank, alpha):
+        super().__init__()
+        self.model, self.scale = model, alpha / rank
+        body = {name: p for name, p in model.named_parameters() if not trains("frozen", name) and p.ndim == 2}
+        self.names = list(body)  # the linear maps of attention and feed-forward
+        self.A = nn.ParameterList(torch.empty(rank, p.shape[1]).uniform_(-1, 1) / p.shape[1] ** 0.5 for p in body.values())
+        self.B = nn.ParameterList(torch.zeros(p.shape[0], rank) for p in body.values())
+
+    def merged(self):
+        """name -> W_0 + alpha / r B A, (out, in)"""
+        updates = zip(self.names, self.A, self.B, strict=True)
+        return {name: self.model.get_parameter(name) + self.scale * (B @ A) for name, A, B in updates}
+
+    def forward(self, x):
+        return torch.func.functional_call(self.model, self.merged(), (x,))  # (B, K)
 
 
 def main(args):
@@ -85,6 +118,11 @@ def main(args):
         raise cli.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
     warms = args.mode == "warmup" and args.warmup_share > 0
     warming_epochs = max(1, round(args.epochs * args.warmup_share)) if warms else 0
+    if args.mode == "lora":
+        if args.checkpoint:
+            raise cli.UserError("--checkpoint does not work with --mode lora.\nLeave it out, and lower --batch-size.")
+        net = lora = LoRA(model, args.rank, args.alpha)
+        model = copy.deepcopy(model).to(device)  # with the merged weights: evaluated and saved
 
     # ---- optimizer and schedule
     if args.checkpoint:
@@ -119,6 +157,8 @@ def main(args):
             losses[step] = loss.detach()
             if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
+        if args.mode == "lora":  # finetune
+            model.load_state_dict(lora.model.state_dict() | lora.merged())  # finetune
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}

@@ -439,6 +439,14 @@ def unpickle_entries(path, *names):
     return [content[name] for name in names]
 
 
+def text_list(where, names, n):
+    """n different texts, str or bytes, as a tuple of str. Raises UserError if they are anything else."""
+    names = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names]
+    if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UserError(f"{where} has {len(names)} entries; expected {n} different names.")
+    return tuple(names)
+
+
 def map_npz(path, name, cache):
     """One array of an .npz file, memory-mapped. A compressed one is unpacked to `cache` once.
 

@@ -13,7 +13,18 @@ import zlib
 import numpy as np
 
 from cli import Missing, UserError, stream
-from tasks.files import check, find, is_system_file, locate, numbers, read_text, reading, save_array, unpickle_entries
+from tasks.files import (
+    check,
+    find,
+    is_system_file,
+    locate,
+    numbers,
+    read_text,
+    reading,
+    save_array,
+    text_list,
+    unpickle_entries,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images with a class
@@ -46,6 +57,15 @@ def read_cifar(folder, names, label, classes):
 def read_cifar100(data_dir, cache):
     folder = data_dir / "cifar-100-python"
     return *(read_cifar(folder, [name], "fine_labels", 100) for name in ("train", "test")), "official"
+
+
+def cifar100_names(data_dir):
+    """The 100 fine names, (100,) str, from the archive's `meta`, underscores as they are. Spherical has the same classes."""
+    path = data_dir / "cifar-100-python" / "meta"
+    if not path.exists():
+        raise Missing(f"no {path}, which has the names of the classes.\n`python data.py --prepare cifar100` downloads it.")
+    (names,) = unpickle_entries(path, "fine_label_names")
+    return text_list(f"{path}: fine_label_names", names, 100)
 
 
 def read_cifar10(data_dir, n=None, seed=0):

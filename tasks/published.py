@@ -33,6 +33,7 @@ class Recipe:
     meta_epochs: int = 5  # MoNA: epochs of stage 1
     label_epochs: int = 4  # RECRAFT: passes over the training samples
     label_samples: int = 28  # RECRAFT as released: of one class, in a step
+    regularise_weight: float = 8.0  # LSG
     n_train: int | None = None
 
 
@@ -169,7 +170,7 @@ def openml(number):
 # number of optimizer steps, however many samples there are: models learn from steps. docs/results.md shows the choice.
 TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20,
               max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, label_epochs=3,
-              n_train=10_000)  # fmt: skip
+              regularise_weight=0.5, n_train=10_000)  # fmt: skip
 TINY_RECIPES = {
     "images": TINY,
     "2D fields": TINY,

@@ -44,6 +44,9 @@ def read_satellite(data_dir, cache):
 ECG_STRIDE = {"N": 500, "A": 500 // 6, "O": 500 // 2, "~": 500 // 20}  # normal, atrial fibrillation, other, noise: 0..3
 
 
+ECG_NAMES = ("normal rhythm", "atrial fibrillation", "other rhythm", "noise")  # of PhysioNet's challenge of 2017
+
+
 def read_ecg(data_dir, cache):
     """Windows of 1000 samples (3.3 s at 300 Hz) of electrocardiograms, x (n, 1, 1000), cut closer where the class is rare.
 
@@ -127,6 +130,20 @@ def a_second(sound, start=0):
     return sound[begin : begin + RATE].astype(np.float32)
 
 
+def fsd50k_numbers(data_dir):
+    """The number of each label by its name, {str: int}, and the file that says so."""
+    with reading(path := beside(locate(data_dir, "chunks/tr.csv"), "lbl_map.json"), "json file"):
+        return {name: int(i) for name, i in json.loads(read_text(path)).items()}, path
+
+
+def fsd50k_names(data_dir):
+    """The 200 labels, (200,) str, in the order of their numbers."""
+    number, path = fsd50k_numbers(data_dir)
+    if sorted(number.values()) != list(range(200)):
+        raise UserError(f"{path} does not number its labels from 0 to 199.")
+    return tuple(sorted(number, key=number.get))
+
+
 def read_fsd50k(data_dir, cache):
     """Seconds of sound, read lazily, x (n, 2, 22050): the chunk, and the noise to mix in; y (n, 200) the labels of the clip.
 
@@ -134,8 +151,7 @@ def read_fsd50k(data_dir, cache):
     validation. A test sample is a chunk; its y has a last column, the number of its clip: the score averages over a clip.
     """
     table = locate(data_dir, "chunks/tr.csv")
-    with reading(label_file := beside(table, "lbl_map.json"), "json file"):
-        number = {name: int(i) for name, i in json.loads(read_text(label_file)).items()}
+    number, label_file = fsd50k_numbers(data_dir)
     noises = find(table.parent.parent / "noise_22050", "**/*.wav")
 
     def clips(path):

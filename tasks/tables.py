@@ -272,6 +272,12 @@ def check_any(number, columns):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def are_words(categories):
+    """Do they differ in more than their digits, and are they longer than two letters? 1, 2, ... and class_0, class_1 do not."""
+    letters = {re.sub("[^a-z]", "", str(name).lower()) for name in categories}
+    return len(letters) == len(categories) and min(map(len, letters)) > 2
+
+
 def read_openml(data_dir, cache, number):
     """A classification table as a sequence of columns: x (n, channels, columns), standardised by the training rows.
 
@@ -291,6 +297,7 @@ def read_openml(data_dir, cache, number):
         values, categories, column_names, labels = copy.data, {}, copy.feature_names, copy.target.astype(str)
         kind = "sklearn"
     names, y = np.unique(labels, return_inverse=True)
+    called = names if kind == "official" else copy.target_names  # scikit-learn's copies have numbers as labels
     rarest = np.bincount(y).min(initial=len(y))
     if len(names) < 2 or rarest < 2 or len(y) < 10 * len(names):
         raise UserError(
@@ -319,4 +326,5 @@ def read_openml(data_dir, cache, number):
     K = len(names)
     weights = tuple(len(train) / (K * np.bincount(y[train], minlength=K)))  # n / (K n_c): mean 1 over the training rows
     changes = {"shape": x.shape[1:], "output": (len(names),), "loss": functools.partial(cross_entropy, weights=weights)}
+    changes |= {"names": tuple(map(str, called))} if are_words(called) else {}
     return (x[train], y[train]), (x[test], y[test]), kind, changes

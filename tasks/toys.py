@@ -10,6 +10,14 @@ from tasks.images import project_to_sphere, random_rotations
 from tasks.signals import RATE
 from tasks.text import WORDS
 
+SHAPES, TEXTURES = ("ring", "triangle", "cross"), ("plain", "striped", "dotted")
+IMAGE_NAMES = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)  # 3 shape + texture
+
+
+def wave_names(classes, lowest=2.0, ratio=1.5):
+    """What the classes of `signals` are: (classes,) str"""
+    return tuple(f"wave of {lowest * ratio**k:.3g} periods" for k in range(classes))
+
 
 def images(n, seed, size):
     """Images whose class is the combination of a shape (ring, triangle, cross) and its texture (plain, stripes, dots).

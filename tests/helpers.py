@@ -13,7 +13,7 @@ import data
 import run
 
 __all__ = ["METHODS", "NOISE", "ROOT", "SHORT", "curves", "ended", "fork", "here", "result", "rows", "weights"]
-METHODS = ["pare", "orca", "mona", "recraft", "contrast", "finetune"]
+METHODS = ["pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune"]
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
 NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
 

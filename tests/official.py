@@ -55,6 +55,7 @@ def write_cifar100(folder, n=40, labels=None):
             b"fine_labels": labels or [i % 100 for i in range(n)],
         }
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"name_%d" % i for i in range(100)]}, protocol=2))
     return folder
 
 

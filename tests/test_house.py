@@ -17,7 +17,8 @@ ALLOWED = {
 }  # fmt: skip
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py")]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}
-NAMES = {"pare": "PaRe", "orca": "ORCA", "mona": "MoNA", "recraft": "RECRAFT", "contrast": "contrast", "finetune": "finetune"}
+NAMES = {"pare": "PaRe", "orca": "ORCA", "mona": "MoNA", "recraft": "RECRAFT", "contrast": "contrast", "lsg": "LSG",
+         "finetune": "finetune"}  # fmt: skip
 
 
 def shared_lines(method):

@@ -21,6 +21,7 @@ SGD = "--task spherical --scale tiny --n-train 64 --epochs 1 --optimizer sgd --l
 FIRST = {  # stages
     "orca": ["--embedder-epochs", 3], "mona": ["--meta-epochs", 1], "recraft": ["--align-epochs", 2, "--label-epochs", 1],
     "contrast": ["--contrast-epochs", 1, "--sigmas", 0],  # each process draws its own noise
+    "lsg": ["--gcn-steps", 20, "--regularise-weight", 1],
 }  # fmt: skip
 UNUSED = [*SGD, "--epochs", 2, "--k-begin", 0.02]  # PaRe's gate has no gradient once k is 0
 WARMUP = [*SGD, "--epochs", 2, "--mode", "warmup", "--warmup-share", 0.5, "--batch-size", 16, "--accumulate", 2]
@@ -73,7 +74,7 @@ def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, m
     options = [*SGD, "--clip", 0, *FIRST.get(method, ())]
     here(method, *options, out=tmp_path / "one")
     one, others = weights(tmp_path / "one" / name), {"two": two / method / name}
-    if method != "mona":  # a micro-batch is a step of its stage 1
+    if method not in ("mona", "lsg"):  # a micro-batch is a step of its stage 1; samples of a batch are neighbours
         here(method, *options, "--batch-size", 16, "--accumulate", 2, out=tmp_path / "accumulated")
         others["accumulated"] = tmp_path / "accumulated" / name
     for way, folder in others.items():
@@ -81,7 +82,7 @@ def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, m
         assert rows(folder)[-1]["val"] == pytest.approx(rows(tmp_path / "one" / name)[-1]["val"], abs=0.01)
         for key, value in one.items():
             assert torch.allclose(value, other[key], atol=2e-5), (way, key)
-    prefix = "model." if method in ("pare", "contrast") else ""
+    prefix = "model." if method in ("pare", "contrast", "lsg") else ""
     start = {f"{prefix}encoder.{k}": v for k, v in common.load_source("tiny-swin").encoder.named_parameters()}
     assert start.keys() <= one.keys()
     moved = sum((one[key] - value).abs().sum().item() for key, value in start.items())

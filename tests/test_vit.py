@@ -1,6 +1,7 @@
 """Vision transformers of timm as backbones: cut, they are timm's own model; every method trains them; others are refused."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -158,46 +159,59 @@ def short(backbone, task="spherical", epochs=2):
     return ["--task", task, "--scale", "tiny", "--n-train", 32, "--batch-size", 16, "--epochs", epochs, "--backbone", backbone]
 
 
-STAGE_1 = {"orca": ["--embedder-epochs", 1, "--source-samples", 40], "mona": ["--meta-epochs", 1],
+OPTIONS = {"pare": ["--k-begin", 0.5], "orca": ["--embedder-epochs", 1, "--source-samples", 40], "mona": ["--meta-epochs", 1],
            "recraft": ["--align-epochs", 1, "--label-epochs", 1, "--source-samples", 40],
-           "contrast": ["--contrast-epochs", 1]}  # fmt: skip
+           "contrast": ["--contrast-epochs", 1], "lsg": ["--gcn-steps", 10]}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_vit_and_resumes(method, backbone, tmp_path, monkeypatch):
-    options, original = [*short(backbone), *STAGE_1.get(method, [])], run.Run.end_epoch
-    here(method, *options, out=tmp_path / "whole")
+    options, end_epoch = [*short(backbone), *OPTIONS.get(method, [])], run.Run.end_epoch
 
-    def stop_after_the_first(self, *args):
-        original(self, *args)
+    def copied_after_the_first(self, *args):
+        end_epoch(self, *args)
         if len(self.history) == 1:
-            raise KeyboardInterrupt
+            shutil.copytree(tmp_path, tmp_path / "again", dirs_exist_ok=True)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run.Run, "end_epoch", stop_after_the_first)
-        here(method, *options, out=tmp_path / "stopped")
-    here(method, *options, "--resume", out=tmp_path / "stopped")
-    (whole,), (stopped,) = ([path.parent for path in (tmp_path / name).glob("*/result.json")] for name in ("whole", "stopped"))
-    assert whole.name == f"spherical-{'naive' if method == 'finetune' else method}-small-dino-s0-toy"
-    assert rows(whole) == rows(stopped) and result(whole)["test"] == result(stopped)["test"]
-    after, again = weights(whole), weights(stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "end_epoch", copied_after_the_first)
+        here(method, *options, out=tmp_path)
+    folder = f"spherical-{'naive' if method == 'finetune' else method}-small-dino-s0-toy"
+    whole, resumed = tmp_path / folder, tmp_path / "again" / folder
+    assert len(rows(whole)) == len(rows(resumed)) + 1
+    here(method, *options, "--resume", out=tmp_path / "again")
+    assert rows(whole) == rows(resumed) and result(whole)["test"] == result(resumed)["test"]
+    after, again = weights(whole), weights(resumed)
     assert all(torch.equal(value, again[name]) for name, value in after.items())
     name = "encoder.prefix" if "encoder.prefix" in after else "model.encoder.prefix"
     assert after[name].shape == (1, 5, 24)
     assert not torch.equal(after[name], common.load_source(str(backbone)).encoder.prefix)  # it trains along
+    assert method != "pare" or [row["k"] for row in rows(whole)] == [8, 4]  # of 16 patches
 
 
-def test_pare_replaces_its_share_of_the_patches_of_a_field(backbone, tmp_path):
-    here("pare", *short(backbone, "darcy"), "--k-begin", 0.5, out=tmp_path)
-    assert [row["k"] for row in rows(tmp_path / "darcy-pare-small-dino-s0-toy")] == [8, 4]
+@pytest.mark.matrix
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "lsg"])  # which needs classes
+def test_every_method_predicts_a_field_with_a_vit(method, backbone, tmp_path):
+    here(method, *short(backbone, "darcy"), *OPTIONS.get(method, []), out=tmp_path)
+    (folder,) = tmp_path.glob("darcy-*")
+    losses = [row["loss"] for row in rows(folder) if "loss" in row]
+    assert losses[-1] < losses[0]
 
 
-def test_frozen_freezes_attention_and_feed_forward_of_a_vit(backbone, tmp_path):
-    here("finetune", *short(backbone, epochs=1), "--mode", "frozen", out=tmp_path)
-    after, encoder = weights(tmp_path / "spherical-frozen-small-dino-s0-toy"), common.load_source(str(backbone)).encoder
-    same = {name for name, value in encoder.named_parameters() if torch.equal(value, after[f"encoder.{name}"])}
+@pytest.mark.parametrize("mode", ["frozen", "lora", "norms"])
+def test_baselines_train_the_parts_of_a_vit_that_they_say(mode, backbone, tmp_path):
+    here("finetune", *short(backbone, epochs=1), "--mode", mode, out=tmp_path)
+    after = load_file(tmp_path / f"spherical-{mode}-small-dino-s0-toy/best.safetensors")
+    before = dict(common.load_source(str(backbone)).encoder.named_parameters())
+    changed = {name for name, value in before.items() if not torch.equal(value, after[f"encoder.{name}"])}
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert same == {f"blocks.{i}.{part}.{kind}" for i in range(2) for part in parts for kind in ("weight", "bias")}
+    maps = {f"blocks.{i}.{part}.{kind}" for i in range(2) for part in parts for kind in ("weight", "bias")}
+    assert maps < before.keys() and "prefix" in before
+    assert changed == {
+        "frozen": before.keys() - maps,
+        "lora": {name for name in maps if name.endswith("weight")},
+        "norms": {name for name in before if "norm" in name},
+    }[mode]
 
 
 @pytest.mark.matrix

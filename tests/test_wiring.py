@@ -38,6 +38,7 @@ import run
 from tasks import scores
 
 SIDE, N, D = 16, 16, 8  # images, their tokens, token width
+LSG_CLIP = {"graph": 1.4, "released": 3.3, "text": 1.4}
 STEPS = 3  # micro-batches of 8 of the 31 samples in an epoch: with --accumulate 2 the last window is short
 MEANS = {"cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
          "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))}  # fmt: skip
@@ -406,6 +407,56 @@ def test_pare_starts_as_told(pare_run, pare_released_run):
     assert starts_as_pretrained(pare_released_run.net.model.embedder, pare_released_run)
     assert pare_run.net.model.predictor.linear.out_features == pare_run.train.classes
     assert pare_run.net.predictor_s.linear.out_features == pare_run.source_set.classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LSG
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lsg_loss(seen, nodes, edges, weights, vectors=None):
+    """Lines 4 to 6, with the matrix A_a. nodes: T (n, d); edges: A (n, n); vectors: of a control, instead of the graph."""
+
+    def loss(net, epoch, step):
+        x, y = batches(seen, seen.train, "cifar100", epoch, step)
+        features = encode(net.model.encoder, embed_target(net.model.embedder, x))
+        h = sum(features.unbind(1)) / features.shape[1] @ net.projector.weight.T + net.projector.bias  # (B, d)
+        if vectors is None:
+            n, number = len(nodes), torch.arange(len(nodes)) // 20
+            P, M = (number[:, None] == y).float(), (y[:, None] == y).float()  # (n, B), (B, B)
+            A_a = torch.cat([torch.cat([edges, P], 1), torch.cat([P.T, M], 1)])
+            root = torch.diag(A_a.sum(1) ** -0.5)
+            G = F.leaky_relu(root @ A_a @ root @ torch.cat([nodes, h]) @ net.guide.gcn.W1, 0.2)
+            align, g = cross_entropy((root @ A_a @ root @ G @ net.guide.gcn.W2)[n:], y), G[n:].detach()
+        else:
+            align, g = torch.zeros(()), vectors[y]
+        distance = (h / h.norm(dim=1, keepdim=True) - g / g.norm(dim=1, keepdim=True)).square().sum(1).sqrt()
+        return cross_entropy(predict(net.model.predictor, features), y) + weights[0] * align + weights[1] * distance.mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["graph", "released", "text"])
+def test_lsg_guides_by_the_graph_or_by_vectors(backbone, tmp_path, kind):
+    weights, options = {"graph": (0.7, 0.4), "released": (3, 0.2), "text": (0.7, 0.4)}[kind], ["--gcn-steps", 40]
+    options += {"graph": [], "released": ["--as-released"], "text": ["--prototypes", "text"]}[kind]
+    options += ["--align-weight", weights[0], "--regularise-weight", weights[1], "--clip", LSG_CLIP[kind]]
+    seen = recorded("lsg", backbone, tmp_path, *RATE, *options)
+    nodes, edges = (torch.from_numpy(np.load(next(tmp_path.glob(f"cache/names-*-{part}.npy")))) for part in "xy")
+    if kind == "released":
+        cosines = nodes @ nodes.T
+        edges = cosines * (cosines >= cosines.flatten().sort(descending=True).values[int(0.003 * cosines.numel()) - 1])
+        edges.fill_diagonal_(1)
+    vectors = nodes.unflatten(0, (9, 20)).mean(1) if kind == "text" else None
+    loss = lsg_loss(seen, nodes, edges, weights, vectors)
+    done = follow(seen, copy.deepcopy(seen.net), loss, trains=lambda name, epoch: not name.startswith("guide."))
+    check(seen, done)
+    check_evaluation(seen, done, lambda net: net.model)
+    check_options(seen)
+    assert starts_as_pretrained(seen.net.model.embedder, seen)
+    first, last = seen.rows
+    assert {"align", "regularise"} <= first.keys() and last["regularise"] < first["regularise"]
+    assert (last["align"] == 0) == (kind == "text")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

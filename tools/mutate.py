@@ -43,6 +43,18 @@ CONTRAST_1, CONTRAST_2, CONTRAST_KEPT = (
     "test_the_embedder_of_stage_1_is_kept_and_may_stay",
 )  # fmt: skip
 SCORES, KEPT_MODEL = "test_attention_scores_are_those_of_the_librarys_eager_path", "test_scores_leave_the_model_as_it_was"
+BASELINES = "test_each_baseline_learns_and_trains_what_it_says"
+LORA, MERGED = (
+    "test_lora_starts_at_the_pretrained_model_and_adds_updates_of_rank_r", "test_lora_evaluates_and_saves_the_merged_weights",
+)  # fmt: skip
+LSG, LSG_RELEASED, LSG_TEXT = (f"test_lsg_guides_by_the_graph_or_by_vectors[{kind}]" for kind in ("graph", "released", "text"))
+LSG_GRAPH = "test_the_graph_is_symmetric_with_cliques_self_loops_and_so_many_edges_between_classes"
+LSG_STAGE1, LSG_NODES = "test_the_gcn_learns_as_in_a_plain_loop", "test_nodes_and_edges_are_computed_once"
+LSG_NAIVE = "test_a_method_without_its_first_stage_is_naive_fine_tuning[lsg]"
+LSG_CLOSED = "test_the_closed_form_is_the_dense_graph_and_samples_of_a_class_are_one"
+LSG_TOKENS = "test_the_tokens_of_a_name_are_found_wherever_it_stands"
+LSG_MEAN = "test_a_prompt_is_the_mean_over_its_names_tokens"
+LSG_DISTANCE = "test_regularisation_is_a_distance_and_its_target_is_constant"
 NAIVE, PARTS = "test_naive_fine_tuning_takes_plain_steps", "test_baselines_train_the_parts_they_say"
 SCRATCH, BEST = (
     "test_scratch_keeps_nothing_of_the_pretrained_weights",
@@ -197,6 +209,51 @@ MUTATIONS = {
         (*INIT, CONTRAST_2),
         (*DROPOUT, CONTRAST_2),
     ],
+    "lsg.py": [
+        ("mean over the whole prompt", "tokens[prompts[i][1]].mean(0)", "tokens.mean(0)", LSG_MEAN),
+        ("nodes of any length", "return F.normalize(t, dim=1)\n", "return t\n", LSG_MEAN),
+        ("no token before a text", "first = len(begin + before)", "first = len(before)", LSG_TOKENS),
+        ("underscores are read", 'read(name.replace("_", " "))', "read(name)", LSG_TOKENS),
+        ("negative edges", ".clamp(min=0)", "", LSG_GRAPH),
+        ("no cliques", "A * (same | (between >= least))", "A * (between >= least)", LSG_GRAPH),
+        ("no edges between classes", "A * (same | (between >= least))", "A * same.clone()", LSG_GRAPH),
+        ("--edge-ratio of one node's edges", "int(ratio * len(t) ** 2)", "int(ratio * len(t))", LSG_GRAPH),
+        ("the released graph has cliques", " & (not released)", "", "test_the_released_graph_of_stage_2_asks_for_no_class"),
+        ("no self-loops", ".fill_diagonal_(True)", "", "test_the_released_graph_of_stage_2_asks_for_no_class"),
+        ("normalised by rows alone", "return root * A * root.T", "return root**2 * A", "test_a_clique_averages"),
+        ("cached whatever the encoder's weights", "key.update(weight.detach().numpy())", "pass", LSG_NODES),
+        ("the encoder takes random numbers of the run", "with torch.random.fork_rng(devices=[]):  # a model",
+         "if True:  # a model", LSG_NODES),
+        ("stage 1 without activation", "(activation(near @ gcn.W1) @ gcn.W2)", "(near @ gcn.W1 @ gcn.W2)", LSG_STAGE1),
+        ("L2 never", "F.normalize(o, dim=1) if args.as_released else o, y", "o, y", LSG_STAGE1),
+        ("gradients of stage 1 are left for clipping", "optimizer.zero_grad()  # also",
+         "step < steps and optimizer.zero_grad()  #", "test_lsg_trains_with_a_frozen_gcn_and_resumes"),
+        ("samples do not count for the nodes", "(self.degree + Y.sum(0).repeat_interleave(P)[:, None])", "self.degree",
+         LSG_CLOSED),
+        ("samples have no self-loop", "(Y @ Y.T + torch.eye(len(Y), device=Y.device) > 0)", "(Y @ Y.T > 0)", LSG_CLOSED),
+        ("nodes do not hear of samples", "self.A @ t + (Y.T @ i).repeat_interleave(P, 0)", "self.A @ t", LSG_CLOSED),
+        ("samples do not hear of each other", "Y @ by_class(t) + M @ i", "Y @ by_class(t)", LSG_CLOSED),
+        ("o without activation", "g_i = activation(root_i", "g_i = (root_i", LSG_CLOSED),
+        ("GCN trains along", "gcn.requires_grad_(False)", "gcn", "test_lsg_passes_its_options_on"),
+        ("gradient through g", "F.normalize(g.detach(), dim=1)", "F.normalize(g, dim=1)", LSG_DISTANCE),
+        ("squared distance", ".norm(dim=1).mean()", ".square().sum(1).mean()", LSG_DISTANCE),
+        ("simplex is orthogonal", "torch.eye(K) - 1 / K", "torch.eye(K)",
+         "test_the_vectors_without_language_know_no_class_from_another"),
+        ("text prototypes of one prompt", "t.unflatten(0, (K, P)).mean(1)", "t.unflatten(0, (K, P))[:, 0]", LSG_TEXT),
+        ("weights swapped", "weights = (args.align_weight, args.regularise_weight)",
+         "weights = (args.regularise_weight, args.align_weight)", LSG),
+        ("features of the first token", "features.float().mean(1)", "features.float()[:, 0]", LSG),
+        ("no align loss", "h.new_zeros(()) if o is None else", "h.new_zeros(()) if True else", LSG),
+        ("L1 never", "label_graph(t, args.edge_ratio, released=True) if args.as_released else A, gcn)", "A, gcn)",
+         LSG_RELEASED),
+        ("guided at weights of 0", " if args.align_weight + args.regularise_weight > 0 else ()", "", LSG_NAIVE),
+        ("neighbours in one process only", "gather(self.projector(features.float().mean(1))), gather(y)",
+         "self.projector(features.float().mean(1)), y", "test_two_processes_and_accumulation_give_the_weights_of_one[lsg]"),
+        ("no clipping", CLIP, "pass", LSG),
+        (*TRAIN, LSG),
+        (*INIT, "test_lsg_passes_its_options_on"),
+        (*DROPOUT, LSG),
+    ],
     "mona.py": [
         ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = model.embedder(x_s)", MONA),
         ("--meta-lr ignored", "lr=args.meta_lr or lr", "lr=lr", MONA),
@@ -229,6 +286,15 @@ MUTATIONS = {
         ("frozen trains attention", '(".attn.qkv.", ".attn.proj.", ".mlp.")', '(".attn.proj.", ".mlp.")', PARTS),
         ("probe trains the encoder", 'return mode != "probe" or name.startswith("predictor.")',
          'return mode != "probe" or not name.startswith("embedder.")', PARTS),
+        ("norms trains the whole encoder", 'return mode == "norms" and "norm" in name.lower()',
+         'return mode == "norms"', BASELINES),
+        ("lora unscaled", "self.scale * (B @ A)", "(B @ A)", LORA),
+        ("lora starts elsewhere", "nn.ParameterList(torch.zeros(", "nn.ParameterList(torch.ones(", LORA),
+        ("lora leaves out the feed-forward", 'if not trains("frozen", name) and p.ndim == 2}',
+         'if not trains("frozen", name) and p.ndim == 2 and "mlp" not in name}', LORA),
+        ("lora without --alpha", "LoRA(model, args.rank, args.alpha)", "LoRA(model, args.rank, 16.0)", MERGED),
+        ("lora without --rank", "LoRA(model, args.rank, args.alpha)", "LoRA(model, 8, args.alpha)", MERGED),
+        ("lora saves W_0", "lora.model.state_dict() | lora.merged()", "lora.model.state_dict()", MERGED),
         ("as released not truncated", '"truncated" if args.as_released else', "", "test_naive_as_released_starts_truncated"),
         ("--init ignored", "else args.init  # finetune", 'else "copy"  # finetune', PARTS),
         (*DROPOUT, NAIVE),

@@ -45,7 +45,7 @@ from tools.variants import METHODS, PATCHES
 matplotlib.use("Agg")
 
 # imported once, for all runs: the method files, what they import lazily, and this file
-PRELOAD = ("pare", "orca", "mona", "recraft", "contrast", "finetune", "timm", "transformers", "sklearn.cluster",
+PRELOAD = ("pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune", "timm", "transformers", "sklearn.cluster",
            "tools.reproduce")  # fmt: skip
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source", "lr",
            "epochs", "steps", "best_epoch", "n_train", "seconds", "device", "torch", "commit", "options")  # fmt: skip
@@ -69,8 +69,8 @@ class Args:
     tasks: tuple[str, ...] = ("spherical",)
     """tasks; `python data.py` lists them"""
     methods: tuple[str, ...] = ("pare", "orca", "mona", "recraft", "contrast", "naive", "warmup", "frozen", "scratch")
-    """method files and modes: pare orca mona recraft contrast naive warmup frozen probe scratch; variants: tools/variants.py;
-    references: boosting logistic (classes), mean input fourier (fields)"""
+    """method files and modes: pare orca mona recraft contrast naive warmup frozen lora norms probe scratch, and lsg where
+    classes have names; variants: tools/variants.py; references: boosting logistic (classes), mean input fourier (fields)"""
     seeds: int = 3
     """number of seeds, from seed 0. 0: only the tables of the finished runs"""
     n_train: int | None = None

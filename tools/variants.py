@@ -4,15 +4,18 @@ Most variants are options. Changes that are only of use in this comparison are n
 the imported method file before it runs. `tools/reproduce.py` runs both and writes each variant to its own folder.
 """
 
+import os
 from dataclasses import replace
 
+MINILM = os.environ.get("MINILM", "minilm")
 METHODS = {
     "pare": "pare.py",
     "orca": "orca.py",
     "mona": "mona.py",
     "recraft": "recraft.py",
     "contrast": "contrast.py",
-    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "probe", "scratch")},
+    "lsg": "lsg.py",
+    **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "lora", "norms", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
     "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: faster on a CPU
     "recraft-released": "recraft.py --as-released --reg 0",  # its distance by a linear programme: faster on a CPU
@@ -26,6 +29,14 @@ METHODS = {
     "contrast-embedder": "contrast.py --features embedder",
     "contrast-freeze-embedder": "contrast.py --freeze-embedder",
     **{f"contrast-{scores}": f"contrast.py --scores {scores}" for scores in ("received", "gate", "random")},
+    # ---- LSG: is language worth anything? `MINILM` names a folder of a BERT-like model that knows more than tiny-roberta
+    "lsg-text": "lsg.py --prototypes text",
+    "lsg-random": "lsg.py --prototypes random",
+    "lsg-simplex": "lsg.py --prototypes simplex",
+    "lsg-pull": "lsg.py --align-weight 0",  # L3: without the loss that knows the label
+    "lsg-released": "lsg.py --as-released",  # L1, L2
+    "lsg-minilm": f"lsg.py --text-encoder {MINILM}",
+    "lsg-minilm-text": f"lsg.py --text-encoder {MINILM} --prototypes text",
     "naive-released": "finetune.py --mode naive --as-released",  # O2: different initial embedder
     # ---- initial embedder (P1, O1), and equal compute
     "pare-random": "pare.py --init random",
