@@ -83,7 +83,7 @@ class SwinEncoder(nn.Module):
         for block in self.blocks:
             (H, W), (h, w) = block.input_resolution, block.window_size
             if not hasattr(block.attn, "relative_position_bias_table") or H % h or W % w:
-                raise UserError("this backbone has no attention scores: they need a Swin (not V2) whose windows fill its grid.")
+                raise UserError("this backbone has no attention scores: give a ViT, or a Swin (not V2) with whole windows.")
             shifted = torch.arange(H * W, device=tokens.device).view(H, W).roll([-s for s in block.shift_size], (0, 1))
             windows = shifted.view(H // h, h, W // w, w).transpose(1, 2)  # (H / h, W / w, h, w)
             indices.append(windows.reshape(-1, h * w))  # (W, T)

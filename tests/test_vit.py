@@ -303,12 +303,16 @@ def test_heads_of_a_vit_may_be_missing(name, tmp_path):
 
 
 def test_names_of_the_official_codes_are_read(tmp_path):
-    """LayerScale of DeiT III; mask token, which timm removes, and register tokens of DINOv2."""
+    """LayerScale of DeiT III; mask token (not used) and registers of DINOv2, whose class token has a position."""
     vit = save(tmp_path / "deit", "deit3_base_patch16_224")
     edit_weights(tmp_path / "deit", lambda w: renamed("ls2.gamma", "gamma_2")(renamed("ls1.gamma", "gamma_1")(w)))
     encoder = common.load_source(str(tmp_path / "deit")).encoder
     assert all(torch.equal(getattr(encoder.blocks[1], k).gamma, getattr(vit.blocks[1], k).gamma) for k in ("ls1", "ls2"))
-    vit = save(tmp_path / "dino", "vit_base_patch14_dinov2")
-    edit_weights(tmp_path / "dino", lambda w: w | {"mask_token": torch.zeros(1, 24)})
-    encoder = common.load_source(str(tmp_path / "dino")).encoder
-    assert torch.equal(encoder.prefix, vit.cls_token + vit.pos_embed[:, :1])
+    vit, first = save(tmp_path / "dino", "vit_base_patch14_reg4_dinov2"), torch.randn(1, 1, 24)
+    official = lambda w: renamed("reg_token", "register_tokens")(w) | {
+        "mask_token": torch.zeros(1, 24), "pos_embed": torch.cat([first, w["pos_embed"]], 1)
+    }  # fmt: skip
+    edit_weights(tmp_path / "dino", official)
+    source = common.load_source(str(tmp_path / "dino"))
+    assert torch.equal(source.encoder.prefix, torch.cat([vit.cls_token + first, vit.reg_token], 1))
+    assert torch.equal(source.embedder.positions, vit.pos_embed[0])

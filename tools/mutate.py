@@ -43,6 +43,9 @@ CONTRAST_1, CONTRAST_2, CONTRAST_KEPT = (
     "test_the_embedder_of_stage_1_is_kept_and_may_stay",
 )  # fmt: skip
 SCORES, KEPT_MODEL = "test_attention_scores_are_those_of_the_librarys_eager_path", "test_scores_leave_the_model_as_it_was"
+VIT = "test_embedder_and_encoder_are_timms_model"
+VIT_SCORES = "test_attention_scores_of_a_vit_are_those_of_timms_unfused_path"
+VIT_PLAIN, VIT_PARTS = "test_vits_that_are_not_plain_are_refused", "test_baselines_train_the_parts_of_a_vit_that_they_say"
 BASELINES = "test_each_baseline_learns_and_trains_what_it_says"
 LORA, MERGED = (
     "test_lora_starts_at_the_pretrained_model_and_adds_updates_of_rank_r", "test_lora_evaluates_and_saves_the_merged_weights",
@@ -284,6 +287,8 @@ MUTATIONS = {
          PARTS),
         ("warm-up a whole epoch too long", "epoch < warming_epochs)", "epoch <= warming_epochs)", PARTS),
         ("frozen trains attention", '(".attn.qkv.", ".attn.proj.", ".mlp.")', '(".attn.proj.", ".mlp.")', PARTS),
+        ("the feed-forward of a frozen ViT trains", '(".attn.qkv.", ".attn.proj.", ".mlp.")', '(".attn.qkv.", ".attn.proj.")',
+         VIT_PARTS),
         ("probe trains the encoder", 'return mode != "probe" or name.startswith("predictor.")',
          'return mode != "probe" or not name.startswith("embedder.")', PARTS),
         ("norms trains the whole encoder", 'return mode == "norms" and "norm" in name.lower()',
@@ -309,6 +314,13 @@ MUTATIONS = {
         (*TRAIN, NAIVE),
     ],
     "common.py": [
+        ("ViT: positions not added", "return tokens if self.positions is None else tokens + self.positions", "return tokens",
+         VIT),
+        ("ViT: the first positions, the class token's among them", "[0, -embedder.tokens :]", "[0, : embedder.tokens]", VIT),
+        ("ViT: a LayerNorm in the embedder", "nn.Identity() if vit else nn.LayerNorm(width)", "nn.LayerNorm(width)", VIT),
+        ("ViT: target embedder without positions", "source.size, patch, vit)", "source.size, patch)", VIT),
+        ("ViT: large random positions", "        if vit:\n            nn.init.normal_(self.positions, std=0.02)",
+         "        if vit:\n            nn.init.normal_(self.positions, std=0.2)", "test_a_random_embedder_has_positions_too"),
         ("rollout from queries to keys swapped", "(share[:, :, None] @ A)[:, :, 0]", "(A @ share[..., None])[..., 0]", SCORES),
         ("rollout: children get the whole share", ".flatten(1) / 4  # (B, n)", ".flatten(1)  # (B, n)", SCORES),
         ("received attention of queries", "A.mean(2).flatten(1))  # (B, N)", "A.mean(3).flatten(1))  # (B, N)", SCORES),
@@ -462,6 +474,31 @@ MUTATIONS = {
         ("a mistake exits with 1", "raise SystemExit(2)", "raise SystemExit(1)", "test_a_forbidden_folder_costs_two_lines"),
     ],
     "backbones.py": [
+        ("ViT: class token without its position", "self.prefix.data += positions", "pass", VIT),
+        ("ViT: class and distillation token swapped", '("cls_token", "dist_token", "reg_token")',
+         '("dist_token", "cls_token", "reg_token")', VIT),
+        ("ViT: no registers", '"dist_token", "reg_token")', '"dist_token")', VIT),
+        ("ViT: class token left out", "if self.prefix is not None:", "if False:", VIT),
+        ("ViT: class token among the features", "(self.norm_pre(x)))[:, -N:]", "(self.norm_pre(x)))[:, :N]", VIT),
+        ("ViT: without CLIP's first LayerNorm", "self.blocks(self.norm_pre(x))", "self.blocks(x)", VIT),
+        ("ViT: without its last LayerNorm", "self.norm(self.blocks(self.norm_pre(x)))", "self.blocks(self.norm_pre(x))", VIT),
+        ("ViT: fields as of a Swin", "vit.patch_embed.patch_size[0]  # side", "32  # side", VIT),
+        ("ViT: attention to the class token counts", "return A / A.sum(-1, keepdim=True)", "return A", VIT_SCORES),
+        ("ViT: attention of the first tokens, not of the patches", "[:, :, -N:, -N:]", "[:, :, :N, :N]", VIT_SCORES),
+        ("ViT: attention unscaled", "module.scale * module.q_norm(q)", "module.q_norm(q)", VIT_SCORES),
+        ("ViT: queries not normalised", "module.q_norm(q)", "q", VIT_SCORES),
+        ("ViT: keys not normalised", "module.k_norm(k)", "k", VIT_SCORES),
+        ("ViT: a hybrid is cut", "type(patches) is PatchEmbed and isinstance(patches.norm, nn.Identity)",
+         'isinstance(getattr(patches, "norm", nn.Identity()), nn.Identity)', VIT_PLAIN),
+        ("ViT: the norm of a patch embedding is forgotten", "isinstance(patches.norm, nn.Identity) and", "", VIT_PLAIN),
+        ("ViT: one without positions is cut", " and model.pos_embed is not None", "", VIT_PLAIN),
+        ("ViT: other blocks are cut", 'type(getattr(block, "attn", None)) is Attention for', "True for", VIT_PLAIN),
+        ("ViT: blocks too many", r"\b(layers?|blocks)\.", r"\blayers?\.",
+         "test_a_vit_that_is_not_all_in_its_folder_is_refused"),
+        ("ViT: heads are needed", '"head_dist.", "fc_norm.", "attn_pool.")', ")", "test_heads_of_a_vit_may_be_missing"),
+        ("ViT: names of DeiT III", r'r"ls\1.gamma", key)', r'r"gamma_\1", key)', "test_names_of_the_official_codes_are_read"),
+        ("ViT: timm's assertions end in a traceback", "TypeError, AssertionError,", "TypeError,",
+         "test_a_vit_that_cannot_be_built_is_refused"),
         ("windows not shifted", "roll([-s for s in block.shift_size], (0, 1))", "clone()", SCORES),
         ("no relative positions", " + bias.T.unflatten(1, (x.shape[1], x.shape[1]))", "", SCORES),
         ("no mask between shifted regions", "logits if mask is None else logits + mask[:, None]", "logits", SCORES),
