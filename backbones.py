@@ -246,7 +246,7 @@ def check_image_model(name, model):
     plain = lambda: type(patches) is PatchEmbed and isinstance(patches.norm, nn.Identity) and model.pos_embed is not None
     if vit and not (plain() and all(type(getattr(block, "attn", None)) is Attention for block in model.blocks)):
         raise UserError(
-            f"--backbone: {name} is no plain ViT: one linear map of each patch, positions, one attention in a block.\n"
+            f"--backbone: {name} is no plain ViT (one linear map of each patch, positions, one attention in a block).\n"
             "Give one that is, such as vit_base_patch16_224."
         )
     if patches.proj.in_channels != 3 or len(set(patches.img_size)) > 1 or len(set(patches.patch_size)) > 1:
