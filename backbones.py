@@ -30,6 +30,7 @@ DEFAULT_BACKBONE = {
     ("1d", "tiny"): "tiny-roberta", ("1d", "full"): "roberta_base",
 }  # fmt: skip
 BERT_LIKE = ("bert", "camembert", "roberta", "xlm-roberta")  # transformers' names of the architectures that can be cut
+UNUSED = ("head.", "pooler.", "head_dist.", "fc_norm.", "attn_pool.")  # weights that lie behind the encoder
 # what timm, transformers, torch and safetensors raise for a missing or damaged file, a wrong config.json, no network
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError,
               SafetensorError)  # fmt: skip
@@ -195,9 +196,6 @@ def build_swin(**architecture):
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(**architecture)
-
-
-UNUSED = ("head.", "pooler.", "head_dist.", "fc_norm.", "attn_pool.")  # weights behind the encoder
 
 
 def check_weights(name, missing, mismatched, unexpected):

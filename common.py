@@ -171,8 +171,8 @@ class DensePredictor2d(nn.Module):
     Args:
         width: F.
         out: (H, W), or (c, H, W).
-        factor: side of a square, so that the squares cover the images the backbone was built for: 32 for
-            every full Swin, the patch of a ViT.
+        factor: side of a square, so that the squares cover the images the backbone was built for: 32 for every
+            full Swin, the patch of a ViT.
     """
 
     def __init__(self, width, out, factor=32):
