@@ -1,0 +1,113 @@
+"""The pictures that a run leaves in its folder, as bytes of a PNG file: curves.png, predictions.png, patches.png.
+
+matplotlib is imported where it is used: it takes seconds. Shapes: n samples, K classes, C channels, H W L sizes, N tokens.
+"""
+
+import io
+
+import numpy as np
+
+SHOWN = 3  # samples in a picture
+REPLACED = "#d1495b"  # the colour of the source in docs/idea.png
+
+
+def subplots(rows, columns, width, height, **more):
+    """A figure without a window, and its axes (rows, columns)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **more)
+
+
+def png(figure):
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def displayed(x):
+    """A sample (C, H, W) as a picture: its first three channels as colours, or its first one; its range becomes 0 to 1."""
+    x = x[:3] if len(x) >= 3 else x[:1]
+    return ((x - x.min()) / (np.ptp(x) or 1)).transpose(1, 2, 0)  # (H, W, 3 or 1)
+
+
+def confusion(title, out, y, names=None):
+    """Which classes are taken for which: the share of each row's class that is predicted as each column's. out (n, K), y (n,)"""
+    K = out.shape[1]
+    share = np.zeros((K, K))
+    np.add.at(share, (y, out.argmax(1)), 1)
+    share /= share.sum(1, keepdims=True).clip(1)  # (K, K), rows of classes that occur sum to 1
+    figure, ((axis,),) = subplots(1, 1, 5.2, 4.4)
+    image = axis.imshow(share, cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
+    axis.set(xlabel="predicted class", ylabel="true class", title=title)
+    if names is not None and K <= 24:
+        axis.set_xticks(range(K), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(K), names, fontsize=7)
+    figure.colorbar(image, ax=axis, label="share of the true class")
+    return png(figure)
+
+
+def fields(title, x, out, y):
+    """Input, target, prediction and error of the first samples. 2D: x (n, C, H, W), out, y (n, H, W) or (n, c, H, W);
+    1D: x (n, C, L), out, y (n, c, L'). Of several channels the first is shown.
+    """
+    n = min(SHOWN, len(x))
+    figure, axes = subplots(n, 4, 2.6, 2.2)
+    for row, a, b, c in zip(axes, x, out, y, strict=False):
+        b, c = (part.reshape(-1, *part.shape[-(a.ndim - 1) :])[0] for part in (b, c))  # the first channel
+        if a.ndim == 3:
+            low, high = np.nanmin(c), np.nanmax(c)
+            row[0].imshow(displayed(a), cmap="viridis")
+            row[1].imshow(c, vmin=low, vmax=high)
+            row[2].imshow(b, vmin=low, vmax=high)
+            scale = np.nanmax(np.abs(b - c)) or 1
+            row[3].imshow(b - c, vmin=-scale, vmax=scale, cmap="RdBu")
+            for axis in row:
+                axis.set(xticks=[], yticks=[])
+            row[3].set_xlabel(f"at most {scale:.2g}", fontsize=8)
+        else:
+            for axis, values in zip(row, (a[0], c, b, b - c), strict=True):
+                axis.plot(values, linewidth=1)
+                axis.grid(alpha=0.3)
+                axis.tick_params(labelsize=7)
+            row[2].set_ylim(row[1].get_ylim())
+    for axis, name in zip(axes[0], ("input", "target", "prediction", "prediction - target"), strict=True):
+        axis.set_title(name, fontsize=10)
+    figure.suptitle(title)
+    return png(figure)
+
+
+def replaced(title, x, scores, ks):
+    """The patches that are replaced in some epochs, by the scores after training, in the colour of the source.
+
+    x (n, C, H, W) or (n, C, L), scores (n, N); ks: epoch -> k, the lowest-scored places, which the source takes.
+    """
+    n, N = min(SHOWN, len(x)), scores.shape[1]
+    figure, axes = subplots(n, len(ks), 2.4 if x.ndim == 4 else 3.4, 2.4 if x.ndim == 4 else 1.8)
+    for row, sample, score in zip(axes, x, scores, strict=False):
+        order = score.argsort(kind="stable")
+        for axis, k in zip(row, ks.values(), strict=True):
+            if x.ndim == 4:
+                side, (H, W) = round(N**0.5), sample.shape[1:]
+                axis.imshow(displayed(sample), cmap="gray", extent=(0, W, H, 0))
+                mask = np.full(N, np.nan)
+                mask[order[:k]] = 1
+                axis.imshow(mask.reshape(side, side), extent=(0, W, H, 0), cmap="Reds", vmin=0, vmax=1.4, alpha=0.85,
+                            interpolation="nearest")  # fmt: skip
+                axis.set(xticks=[], yticks=[])
+            else:
+                step = sample.shape[1] / N
+                axis.plot(sample[0], color="0.2", linewidth=1)
+                for place in order[:k]:
+                    axis.axvspan(place * step, (place + 1) * step, color=REPLACED, alpha=0.5, linewidth=0)
+                axis.tick_params(labelsize=7)
+    for axis, (epoch, k) in zip(axes[0], ks.items(), strict=True):
+        axis.set_title(f"epoch {epoch}: {k} of {N}", fontsize=10)
+    figure.suptitle(title)
+    return png(figure)
