@@ -232,8 +232,8 @@ def compare_weights(name, model, weights):
 
 def check_image_model(name, model):
     """Raise UserError unless `model` is a Swin or ViT of timm that can be cut: square RGB images, square patches."""
-    from timm.layers import Attention, PatchEmbed
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import Attention, VisionTransformer
 
     vit, patches = isinstance(model, VisionTransformer), getattr(model, "patch_embed", None)
     if not vit and (patches is None or not hasattr(model, "layers")):
