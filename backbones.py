@@ -1,4 +1,4 @@
-"""Pretrained models: a Swin of timm or a BERT-like text model of transformers, found, read, and cut before its encoder.
+"""Pretrained models: a Swin or ViT of timm, or a BERT-like text model of transformers, found, read, cut before its encoder.
 
 The only file that knows the insides of timm and transformers, which are imported where they are used: they take seconds.
 Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature width, H W sizes.
@@ -30,8 +30,10 @@ DEFAULT_BACKBONE = {
     ("1d", "tiny"): "tiny-roberta", ("1d", "full"): "roberta_base",
 }  # fmt: skip
 BERT_LIKE = ("bert", "camembert", "roberta", "xlm-roberta")  # transformers' names of the architectures that can be cut
+UNUSED = ("head.", "pooler.", "head_dist.", "fc_norm.", "attn_pool.")  # weights that lie behind the encoder
 # what timm, transformers, torch and safetensors raise for a missing or damaged file, a wrong config.json, no network
-UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError, SafetensorError)
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError,
+              SafetensorError)  # fmt: skip
 ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                     intermediate_size=3072, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # fmt: skip
 
@@ -82,7 +84,7 @@ class SwinEncoder(nn.Module):
         for block in self.blocks:
             (H, W), (h, w) = block.input_resolution, block.window_size
             if not hasattr(block.attn, "relative_position_bias_table") or H % h or W % w:
-                raise UserError("this backbone has no attention scores: they need a Swin (not V2) whose windows fill its grid.")
+                raise UserError("this backbone has no attention scores: give a ViT, or a Swin (not V2) with whole windows.")
             shifted = torch.arange(H * W, device=tokens.device).view(H, W).roll([-s for s in block.shift_size], (0, 1))
             windows = shifted.view(H // h, h, W // w, w).transpose(1, 2)  # (H / h, W / w, h, w)
             indices.append(windows.reshape(-1, h * w))  # (W, T)
@@ -96,6 +98,48 @@ class SwinEncoder(nn.Module):
 
         found = watch_attention(self, tokens, [block.attn for block in self.blocks], attention)
         return list(zip(found, indices, strict=True))
+
+
+class VitEncoder(nn.Module):
+    """The blocks of a ViT and its last LayerNorm: (B, N, D) -> (B, N, F), F = D; in CLIP's, another LayerNorm comes first.
+
+    The tokens that are no patches (class, distillation, registers: P in all, a SigLIP has none) stay inside: they are put in
+    front, and dropped at the end. What timm has behind the last LayerNorm is not used: pooling, `fc_norm`, heads.
+    """
+
+    def __init__(self, vit):
+        super().__init__()
+        self.reduction = vit.patch_embed.patch_size[0]  # side of the image / side of the grid
+        self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
+        prefix = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]  # in timm's order
+        prefix = [token.detach() for token in prefix if token is not None]
+        self.prefix = nn.Parameter(torch.cat(prefix, 1)) if prefix else None  # (1, P, D)
+        positions = vit.pos_embed.detach()[:, : -vit.patch_embed.num_patches]  # (1, P, D); (1, 0, D): patches only
+        if positions.shape[1] > 0:
+            self.prefix.data += positions
+
+    def forward(self, tokens):
+        N, x = tokens.shape[1], tokens
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)  # (B, P + N, D)
+        return self.norm(self.blocks(self.norm_pre(x)))[:, -N:]  # (B, N, F)
+
+    def attentions(self, tokens):
+        """As `SwinEncoder.attentions`, with one window of all patches: (B, N, D) -> [(A (B, 1, N, N), index (1, N)), ...]
+
+        A patch also attends to the P other tokens. That part is left out, and each row divided by what remains, so that it sums
+        to 1 over the patches. What patches tell each other by way of the class token or the registers is therefore not seen.
+        """
+        N = tokens.shape[1]
+
+        def attention(module, x, *_, **__):
+            q, k, _ = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, P + N, d)
+            logits = (module.scale * module.q_norm(q) @ module.k_norm(k).mT).float()  # (B, heads, P + N, P + N)
+            A = logits.softmax(-1).mean(1, keepdim=True)[:, :, -N:, -N:]  # (B, 1, N, N)
+            return A / A.sum(-1, keepdim=True)
+
+        found = watch_attention(self, tokens, [block.attn for block in self.blocks], attention)
+        return [(A, torch.arange(N, device=tokens.device)[None]) for A in found]
 
 
 class TextEncoder(nn.Module):
@@ -165,9 +209,9 @@ def check_weights(name, missing, mismatched, unexpected):
     Raises: UserError that names one of the weights.
     """
     wrong = {
-        "is missing": [key for key in missing if not key.startswith(("head.", "pooler."))],
+        "is missing": [key for key in missing if not key.startswith(UNUSED)],
         "has another shape than its architecture says": mismatched,
-        "has no place in its architecture": [key for key in unexpected if re.search(r"\blayers?\.\d", key)],
+        "has no place in its architecture": [key for key in unexpected if re.search(r"\b(layers?|blocks)\.\d", key)],
     }
     for what, keys in wrong.items():
         if keys:
@@ -186,18 +230,28 @@ def compare_weights(name, model, weights):
     check_weights(name, shapes.keys() - weights.keys(), mismatched, unexpected)
 
 
-def check_swin(name, swin):
-    """Raise UserError unless `swin` is a Swin of timm that can be cut: square RGB images, square patches."""
-    if not hasattr(swin, "layers") or not hasattr(swin, "patch_embed"):
+def check_image_model(name, model):
+    """Raise UserError unless `model` is a Swin or ViT of timm that can be cut: square RGB images, square patches."""
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import Attention, VisionTransformer
+
+    vit, patches = isinstance(model, VisionTransformer), getattr(model, "patch_embed", None)
+    if not vit and (patches is None or not hasattr(model, "layers")):
         raise UserError(
-            f"--backbone: {name} is a {type(swin).__name__}; only Swin transformers can be cut into embedder and encoder."
+            f"--backbone: {name} is a {type(model).__name__}; "
+            "only Swin transformers and ViTs can be cut into embedder and encoder."
         )
-    patches = swin.patch_embed
+    plain = lambda: type(patches) is PatchEmbed and isinstance(patches.norm, nn.Identity) and model.pos_embed is not None
+    if vit and not (plain() and all(type(getattr(block, "attn", None)) is Attention for block in model.blocks)):
+        raise UserError(
+            f"--backbone: {name} is no plain ViT (one linear map of each patch, positions, one attention in a block).\n"
+            "Give one that is, such as vit_base_patch16_224."
+        )
     if patches.proj.in_channels != 3 or len(set(patches.img_size)) > 1 or len(set(patches.patch_size)) > 1:
         image, patch = (" x ".join(map(str, n)) for n in ((patches.proj.in_channels, *patches.img_size), patches.patch_size))
         raise UserError(
             f"--backbone: {name} reads images of {image} in patches of {patch}.\n"
-            "Give a Swin for square images of 3 channels, as the source has; the task may have any number of channels."
+            "Give a model for square images of 3 channels, as the source has; the task may have any number of channels."
         )
 
 
@@ -253,7 +307,7 @@ def read_swin(path, pretrained=True):
     """A Swin from a file of tools/pretrain.py, which carries its architecture."""
     architecture, _, weights = read_file(path)
     swin = build_swin(**architecture)
-    check_swin(path, swin)
+    check_image_model(path, swin)
     if pretrained:
         compare_weights(path, swin, weights)
         swin.load_state_dict(weights, strict=False)
@@ -300,7 +354,7 @@ def fetch_text_model(name, wanted, pretrained):
         if config.model_type not in BERT_LIKE:
             raise UserError(
                 f"--backbone: {name} is a {config.model_type} model, which cannot be cut into embedder and encoder.\n"
-                f"Give a model of transformers of the types {', '.join(BERT_LIKE)}, or a Swin of timm (also a folder of it)."
+                f"Give a model of transformers of the types {', '.join(BERT_LIKE)}, or a ViT or a Swin of timm (or its folder)."
             )
         if config.is_decoder:
             raise UserError(
@@ -365,15 +419,19 @@ def is_text_model(short, path):
     return "/" in SHORT_NAMES.get(short, short) and not short.startswith("hf-hub:")
 
 
-def convert_swin(weights, swin):
-    """Weights of an older timm, or of the official code, under the names of this timm: what it does itself to load them."""
+def convert(weights, model):
+    """Weights of an older timm, or of the official code, under the names of this timm: what it does itself to load them.
+
+    Positions of a ViT for images of another size are resampled.
+    """
     try:
-        return sys.modules[type(swin).__module__].checkpoint_filter_fn(weights, swin)
+        weights = sys.modules[type(model).__module__].checkpoint_filter_fn(weights, model)
     except AttributeError:  # a name that the model does not have: `compare_weights` will tell
         return weights
+    return {re.sub(r"\bgamma_([12])$", r"ls\1.gamma", key): value for key, value in weights.items()}  # LayerScale of DeiT III
 
 
-def fetch_swin(short, wanted, pretrained):
+def fetch_image_model(short, wanted, pretrained):
     """A timm model by name, or from a folder saved by timm.
 
     Raises UserError for an unknown name, weights that do not fit, or if nothing can be loaded.
@@ -383,26 +441,27 @@ def fetch_swin(short, wanted, pretrained):
     if not folder and not timm.is_model(wanted) and not short.startswith("hf-hub:"):
         known = ", ".join(sorted({p.stem for p in WEIGHTS.glob("*.safetensors")}) + list(SHORT_NAMES))
         raise UserError(
-            f"--backbone: no model is called {short!r}. Known here: {known}; any timm Swin; owner/name on Hugging Face; a path."
+            f"--backbone: no model is called {short!r}. Known here: {known}; "
+            "any Swin or ViT of timm; owner/name on Hugging Face; a path."
         )
     try:
-        swin = timm.create_model(f"local-dir:{short}" if folder else wanted)
-        check_swin(short, swin)
+        model = timm.create_model(f"local-dir:{short}" if folder else wanted)
+        check_image_model(short, model)
         if pretrained:
             # where names or classes differ, timm leaves weights random without an error: check what it is about to load
-            check = swin.register_load_state_dict_pre_hook(lambda model, weights, *_: compare_weights(short, model, weights))
-            timm.models.load_pretrained(swin, num_classes=swin.num_classes, filter_fn=convert_swin, strict=False)
+            check = model.register_load_state_dict_pre_hook(lambda model, weights, *_: compare_weights(short, model, weights))
+            timm.models.load_pretrained(model, num_classes=model.num_classes, filter_fn=convert, strict=False)
             check.remove()
     except UNREADABLE as error:
         raise UserError(
             f"--backbone: {wanted} cannot be loaded ({reason(error)}).\n"
             f"Give a folder that holds its weights, tiny-swin, or random:{short} to measure speed only."
         ) from error
-    return swin
+    return model
 
 
 def load_model(name, pretrained=True):
-    """The model `name` of `common.load_source`: (a timm Swin, None), or (a BERT-like model, its Tokenizer)."""
+    """The model `name` of `common.load_source`: (a Swin or ViT of timm, None), or (a BERT-like model, its Tokenizer)."""
     short = os.path.expanduser(name.removeprefix("random:"))
     pretrained = pretrained and not name.startswith("random:")
     path = Path(short)
@@ -411,4 +470,4 @@ def load_model(name, pretrained=True):
     from_file, wanted = path.suffix == ".safetensors", SHORT_NAMES.get(short, short)
     if is_text_model(short, path):
         return read_roberta(path, pretrained) if from_file else fetch_text_model(name, wanted, pretrained)
-    return read_swin(path, pretrained) if from_file else fetch_swin(short, wanted, pretrained), None
+    return read_swin(path, pretrained) if from_file else fetch_image_model(short, wanted, pretrained), None

@@ -41,7 +41,7 @@ class Args:
     scale: Literal["auto", "tiny", "full"] = "auto"
     """full: the paper's setting, for a GPU. tiny: a small backbone and few samples, for a laptop. auto: full on a GPU"""
     backbone: str | None = None
-    """2D: tiny-swin, swin_base, any timm Swin. 1D: tiny-roberta, roberta_base, any BERT-like Hugging Face id. Or a path"""
+    """2D: tiny-swin, swin_base, a Swin or ViT of timm. 1D: tiny-roberta, roberta_base, a BERT-like Hub id. Or a path"""
     source: Literal["cifar10", "tiny_imagenet", "voc", "conll2003", "conll2000"] | None = None
     """labelled data of the pretraining modality, for the methods that use them. Default: the published choice"""
     data_dir: str = "datasets"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones import DEFAULT_BACKBONE, SwinEncoder, TextEncoder, Tokenizer, first_position, load_model
+from backbones import DEFAULT_BACKBONE, SwinEncoder, TextEncoder, Tokenizer, VitEncoder, first_position, load_model
 from cli import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,29 +33,35 @@ def autocast_off(x):
 class Embedder2d(nn.Module):
     """Images to tokens: resize, one linear map of each patch, LayerNorm; what a Swin does with its own images.
 
-    Starts random as the official codes do: Xavier-uniform with gain sqrt(2), zero bias.
+    A ViT adds learned positions and has no LayerNorm here. Starts random as the official codes do: Xavier-uniform with gain
+    sqrt(2), zero bias; the positions normal(0, 0.02), as a ViT's did.
 
     Args:
         channels: C of the images.
         width: D of the tokens.
         size: side the images are resized to, bilinear, aspect ratio not kept; antialiased when they shrink.
-        patch: side of a patch; N = (size / patch)^2.
+        patch: side of a patch; N = (size / patch)^2, rounded down: what is left over at the edges is not seen.
+        vit: positions instead of the LayerNorm.
     """
 
-    def __init__(self, channels, width, size, patch=4):
+    def __init__(self, channels, width, size, patch=4, vit=False):
         super().__init__()
         self.size, self.tokens = size, (size // patch) ** 2  # N
         self.project = nn.Conv2d(channels, width, patch, stride=patch)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.Identity() if vit else nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.empty(self.tokens, width)) if vit else None
         nn.init.xavier_uniform_(self.project.weight, gain=2**0.5)
         nn.init.zeros_(self.project.bias)
+        if vit:
+            nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, x):
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)  # (B, C, size, size)
         with autocast_off(x):
             tokens = self.project(x)  # (B, D, size / patch, size / patch)
-        return self.norm(tokens.flatten(2).transpose(1, 2))  # (B, N, D)
+        tokens = self.norm(tokens.flatten(2).transpose(1, 2))  # (B, N, D)
+        return tokens if self.positions is None else tokens + self.positions
 
 
 def stack_number(length, max_tokens):
@@ -98,9 +104,9 @@ class Embedder1d(nn.Module):
 def initialise(embedder, source, init):
     """Start the target embedder: the one option that means the same in every method.
 
-    "copy", 2D: projection, bias and LayerNorm of the pretrained embedder; for C != 3 channels its 3 input slices are tiled
-    and cut to C, not rescaled (the official codes' way). 1D: LayerNorm and the first N positions of the pretrained
-    embedder; the projection stays random, since words have none.
+    "copy", 2D: projection, bias and LayerNorm (of a ViT: positions) of the pretrained embedder; for C != 3 channels its 3
+    input slices are tiled and cut to C, not rescaled (the official codes' way). 1D: LayerNorm and the first N positions of
+    the pretrained embedder; the projection stays random, since words have none.
     "random" leaves the constructor's values.
     "truncated" is what ORCA's release gives to its naive fine-tuning only. 2D: normal(0, 0.02) cut at two units. 1D: the
     positions alone are copied (the release's list of layers to draw again lacks Conv1d).
@@ -128,19 +134,19 @@ def make_embedder(shape, source, init, max_tokens=512):
 
     Args:
         max_tokens: of a 1D task; never more than the backbone has positions.
-    Raises: UserError for a 1D task with a Swin, or a 2D task with a text model.
+    Raises: UserError for a 1D task with a model of images, or a 2D task with a text model.
     """
     modality = "2d" if len(shape) == 3 else "1d"
     if source.modality != modality:
         fitting = " or ".join(dict.fromkeys(DEFAULT_BACKBONE[modality, scale] for scale in ("tiny", "full")))
-        kinds = {"1d": "a text model, for 1D tasks", "2d": "a Swin, for 2D tasks"}
+        kinds = {"1d": "a text model, for 1D tasks", "2d": "a Swin or ViT, for 2D tasks"}
         raise UserError(
             f"--backbone: {source.name} is {kinds[source.modality]}; this one has samples {' x '.join(map(str, shape))}.\n"
             f"Give {fitting}, or leave --backbone out."
         )
     if modality == "2d":
-        patch = source.embedder.project.kernel_size[0]
-        return initialise(Embedder2d(shape[0], source.token_width, source.size, patch), source, init)
+        patch, vit = source.embedder.project.kernel_size[0], source.embedder.positions is not None
+        return initialise(Embedder2d(shape[0], source.token_width, source.size, patch, vit), source, init)
     return initialise(Embedder1d(*shape, source.token_width, min(max_tokens, source.positions)), source, init)
 
 
@@ -165,7 +171,8 @@ class DensePredictor2d(nn.Module):
     Args:
         width: F.
         out: (H, W), or (c, H, W).
-        factor: side of a square, so that the squares cover the images the backbone was built for (32 for every full Swin).
+        factor: side of a square, so that the squares cover the images the backbone was built for: 32 for every
+            full Swin, the patch of a ViT.
     """
 
     def __init__(self, width, out, factor=32):
@@ -291,7 +298,7 @@ class Source:
     """A pretrained model in two parts: its own embedder, frozen, and the encoder that will be adapted."""
 
     name: str
-    modality: Literal["2d", "1d"]  # a Swin, or a text model
+    modality: Literal["2d", "1d"]  # a Swin or ViT, or a text model
     embedder: nn.Module  # images (B, 3, H, W), or token ids (B, N), to tokens (B, N, D)
     encoder: nn.Module
     token_width: int  # D
@@ -309,10 +316,10 @@ def load_source(name, pretrained=True):
     """The backbone `name` as a Source.
 
     Args:
-        name: for 2D tasks "tiny-swin", "swin_base", "swin_tiny", any timm Swin, a folder saved by timm (config.json,
-            model.safetensors). For 1D tasks "tiny-roberta", "roberta_base", a Hugging Face id ("owner/name") of a BERT-like
-            model, a folder saved by transformers. For both a .safetensors file of tools/pretrain.py. "random:NAME" is NAME
-            with random weights, for measuring speed where no weights are available.
+        name: for 2D tasks "tiny-swin", "swin_base", "swin_tiny", any Swin or ViT of timm (DeiT, MAE, DINOv2, CLIP, SigLIP), a
+            folder saved by timm (config.json, model.safetensors). For 1D tasks "tiny-roberta", "roberta_base", a Hugging Face
+            id ("owner/name") of a BERT-like model, a folder saved by transformers. For both a .safetensors file of
+            tools/pretrain.py. "random:NAME" is NAME with random weights, for measuring speed where no weights are available.
         pretrained: False builds the same network with random weights.
     Raises: UserError for a name nobody knows, a damaged file, a model that cannot be cut, a hub that does not answer.
     """
@@ -322,11 +329,14 @@ def load_source(name, pretrained=True):
         embedder, width = model.embeddings.requires_grad_(False), table.embedding_dim
         positions = table.num_embeddings - first_position(embedder)
         return Source(name, "1d", embedder, TextEncoder(model), width, width, positions=positions, tokenizer=tokenizer)
-    patches, size = model.patch_embed, model.patch_embed.img_size[0]
-    embedder = Embedder2d(3, model.embed_dim, size, patches.patch_size[0])
-    embedder.project.load_state_dict(patches.proj.state_dict())
+    patches, size, vit = model.patch_embed, model.patch_embed.img_size[0], hasattr(model, "pos_embed")
+    embedder = Embedder2d(3, model.embed_dim, size, patches.patch_size[0], vit).requires_grad_(False)
+    embedder.project.load_state_dict(patches.proj.state_dict(), strict=False)  # CLIP has no bias here: 0
     embedder.norm.load_state_dict(patches.norm.state_dict())
-    return Source(name, "2d", embedder.requires_grad_(False), SwinEncoder(model), model.embed_dim, model.num_features, size)
+    if vit:
+        embedder.positions.copy_(model.pos_embed.detach()[0, -embedder.tokens :])  # (N, D), behind the class token's
+    encoder = VitEncoder(model) if vit else SwinEncoder(model)
+    return Source(name, "2d", embedder, encoder, model.embed_dim, model.num_features, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,9 +50,9 @@ class Args(cli.Args):
 
 def trains(mode, name, warming=False):
     """Does the parameter `name` train? They are called embedder.*, encoder.* and predictor.*"""
-    if mode == "frozen":  # LayerNorms, position biases and patch merging train: FPT freezes attention and feed-forward only
-        swin, text = (".attn.qkv.", ".attn.proj.", ".mlp."), (".attention.self.", ".dense.")
-        return not any(part in name for part in swin + text)
+    if mode == "frozen":  # FPT freezes attention and feed-forward only: LayerNorms, position biases, class token... train
+        images, text = (".attn.qkv.", ".attn.proj.", ".mlp."), (".attention.self.", ".dense.")
+        return not any(part in name for part in images + text)
     if mode in ("lora", "norms") and name.startswith("encoder."):  # lora: A and B are no parameters of the model
         return mode == "norms" and "norm" in name.lower()
     if mode == "warmup" and warming:  # the embedder alone; the random predictor waits too, as the text says "all else frozen"

@@ -139,7 +139,7 @@ def label_nodes(loaded, args, device):
         except cli.UserError as error:
             raise cli.UserError(str(error).replace("--backbone", "--text-encoder")) from error
     if source.modality != "1d":
-        raise cli.UserError(f"--text-encoder: {source.name} is a Swin, not a text model.\nGive a BERT-like model.")
+        raise cli.UserError(f"--text-encoder: {source.name} is a Swin or ViT, not a text model.\nGive a BERT-like model.")
     if source.name == "tiny-roberta":
         print("LSG     tiny-roberta knows how names are spelt, hardly what they mean: for results, give a --text-encoder")
     prompts = tokenise(source, names, loaded.task.sample)

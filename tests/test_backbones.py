@@ -50,7 +50,7 @@ def test_mistaken_backbones_are_named(tmp_path):
     with pytest.raises(cli.UserError, match="no model is called 'swin_bse'"):
         common.load_source("swin_bse")
     with pytest.raises(cli.UserError, match="only Swin transformers"):
-        common.load_source("random:vit_tiny_patch16_224")
+        common.load_source("random:convnext_atto")
     with pytest.raises(cli.UserError, match="there is no file"):
         common.load_source(str(tmp_path / "none.safetensors"))
     (tmp_path / "half.safetensors").write_bytes((backbones.WEIGHTS / "tiny-swin.safetensors").read_bytes()[:1000])
