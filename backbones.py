@@ -60,6 +60,7 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, swin):
         super().__init__()
+        self.architecture = swin.architecture  # for `rebuild`
         self.grid = swin.patch_embed.grid_size
         self.reduction = swin.feature_info[-1]["reduction"]  # side of the image / side of the last grid
         self.layers, self.norm = swin.layers, swin.norm
@@ -103,6 +104,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model):
         super().__init__()
+        self.architecture = json.loads(model.config.to_json_string())  # for `rebuild`
         self.layers = model.encoder
 
     @property
@@ -151,7 +153,9 @@ def build_swin(**architecture):
     import_timm()
     from timm.models.swin_transformer import SwinTransformer
 
-    return SwinTransformer(**architecture)
+    swin = SwinTransformer(**architecture)
+    swin.architecture = architecture
+    return swin
 
 
 def check_weights(name, missing, mismatched, unexpected):
@@ -388,6 +392,13 @@ def fetch_swin(short, wanted, pretrained):
     try:
         swin = timm.create_model(f"local-dir:{short}" if folder else wanted)
         check_swin(short, swin)
+        named, more = wanted, {}
+        if folder:
+            config = json.loads((Path(short) / "config.json").read_bytes())
+            named, more = config["architecture"], config.get("model_args") or {}
+        elif short.startswith("hf-hub:"):
+            _, named, more = timm.models.load_model_config_from_hf(short.removeprefix("hf-hub:"))
+        swin.architecture = {"timm": named, **more}
         if pretrained:
             # where names or classes differ, timm leaves weights random without an error: check what it is about to load
             check = swin.register_load_state_dict_pre_hook(lambda model, weights, *_: compare_weights(short, model, weights))
@@ -412,3 +423,21 @@ def load_model(name, pretrained=True):
     if is_text_model(short, path):
         return read_roberta(path, pretrained) if from_file else fetch_text_model(name, wanted, pretrained)
     return read_swin(path, pretrained) if from_file else fetch_swin(short, wanted, pretrained), None
+
+
+def rebuild(architecture):
+    """The network that an encoder's `architecture` describes, with random weights; needs neither its file nor a hub.
+
+    Args:
+        architecture: of a `SwinEncoder` or a `TextEncoder`: a name of timm and more arguments ("timm"), the configuration of a
+            text model ("model_type"), or the arguments of `build_swin`.
+    Returns: as `load_model`; a text model comes without its vocabulary.
+    """
+    if "model_type" in architecture:
+        transformers = import_transformers()
+        config = transformers.AutoConfig.for_model(**architecture)
+        return transformers.AutoModel.from_config(config, dtype=torch.float32), Tokenizer(None)
+    if "timm" in architecture:
+        more = {name: value for name, value in architecture.items() if name != "timm"}
+        return import_timm().create_model(architecture["timm"], **more), None
+    return build_swin(**architecture), None

@@ -27,7 +27,7 @@ import numpy as np
 
 from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
-from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present
+from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, locate, numbers, present, read_npy
 from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
@@ -35,7 +35,7 @@ from tasks.tables import read_openml
 # What a task of one's own needs is here, too, so that it takes one import (README, "Your own data"): the command line, files
 # found and read, a toy.
 __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy",
-           "locate", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
+           "locate", "read_npy", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
 toy_signals = toys.signals
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,6 +69,12 @@ class Task:
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
     direction: str = "min"
     kind: str = ""  # of the tiny recipes; default: by modality and target
+    # what new samples need, where they are not stored as `read` returns them
+    of_statistics: Callable | None = None  # statistics of the training set -> what of the task they change; `read` uses it
+    statistics: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # name -> array
+    prepare: Callable | None = None  # (where, raw samples) -> x as `read` returns it
+    restore: Callable | None = None  # predictions -> in the units of the files
+    pixels: bool = False  # x are images in uint8
 
     def __post_init__(self):
         kinds = {"2d": ("images", "2D fields"), "1d": ("series", "1D fields")}[self.modality]
@@ -109,6 +115,7 @@ def pdebench(name, about, shape, output, loss=scores.nrmse, tokens=512, y_test=N
         name, about, shape, "field", output, read, None, ((name,),), RECIPES[name],
         loss=loss, score=scores.score_of(scores.nrmse), metric="nRMSE", tokens=tokens,
         simulate=functools.partial(fields.simulate, name, finish, tokens=tokens),
+        of_statistics=fields.of_normalised_training,
         read_released=functools.partial(read, y_test=y_test) if y_test else None,
     )  # fmt: skip
 
@@ -131,7 +138,7 @@ TASKS = table((
         "darcy", "flow through a porous medium", (3, 85, 85), "field", (85, 85), fields.read_darcy,
         None, (("darcy_train",), ("darcy_test",)), RECIPES["darcy"],
         loss=scores.relative_l2, score=scores.score_of(scores.relative_l2), metric="rel. L2",
-        simulate=functools.partial(fields.simulate, "darcy", fields.darcy_fields),
+        simulate=functools.partial(fields.simulate, "darcy", fields.darcy_fields), of_statistics=fields.of_darcy_training,
     ),
     Task(
         "psicov", "distances in a protein, from its sequence", (57, fields.SIDE, fields.SIDE), "field",
@@ -211,6 +218,7 @@ def openml_task(number):
     return Task(
         f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(read_openml, number=number),
         toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens, kind="tables",
+        of_statistics=tables.of_training_rows,
     )  # fmt: skip
 
 
@@ -416,11 +424,16 @@ def gate(where, x, y, like, classes, rows=None):
     kind = ("class", 2**31) if len(like.shape) == 1 else ("input",)  # token ids are whole numbers, too
     x = check(f"{where}: x", x, getattr(like, "stored", None) or like.shape, *kind, rows=rows)
     shape, values = {"class": ((), "class"), "labels": ((classes,), "labels"), "field": (like.output, "number")}[like.target]
-    if getattr(like.loss, "func", like.loss) is scores.mask_loss:
+    if predicts_mask(like):
         values = "mask"
     if getattr(like, "score", None) is scores.clip_map_error and getattr(y, "shape", ())[1:] == (classes + 1,):
         shape = (classes + 1,)  # the last column is the number of the clip that a sample is cut from
     return x, check(f"{where}: y", y, shape, values, classes, rows=rows)
+
+
+def predicts_mask(like):
+    """Is the field of a Task or Proxy a mask of 0 and 1?"""
+    return getattr(like.loss, "func", like.loss) is scores.mask_loss
 
 
 @dataclass
@@ -489,6 +502,53 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     print(f"target  {task.name}: {kind} data, {n_train:,} samples for training and {n_val:,} for validation of {len(order):,},",
           f"{len(loaded.test):,} for test, {what}")  # fmt: skip
     return loaded
+
+
+def remember(loaded):
+    """What a model needs of its task as it was in training, for `recall`: a dict of JSON values."""
+    import torch
+
+    task, first = loaded.task, torch.zeros(1, dtype=torch.int64, device=loaded.train.device)
+    pixels = loaded.train._rows(loaded.train.x, first).dtype == torch.uint8
+    statistics = {name: np.asarray(value).tolist() for name, value in task.statistics.items()}
+    same = {name: getattr(task, name) for name in ("shape", "stored", "mean", "std", "tokens")}
+    return same | {"output": loaded.train.output, "pixels": pixels, "statistics": statistics}
+
+
+def recall(name, facts):
+    """The Task called `name` as it was in training; its data are not read. Raises UserError for a name nobody knows."""
+    task = find_task(name)
+    facts = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
+    task = replace(task, **facts | {"statistics": {k: np.asarray(value) for k, value in facts["statistics"].items()}})
+    return replace(task, **task.of_statistics(task.statistics)) if task.statistics else task
+
+
+def new_samples(task, x, where, device="cpu"):
+    """New samples x (n, ...) as a Split without targets, prepared as those of the training set.
+
+    They come in the raw layout of the task: uint8 images; `task.stored` or `task.shape`; or, if the task uses statistics of its
+    training set, what `task.prepare` takes: (n, 1, H, W) or (n, 1, L) in the units of the files, (n, F) for a table.
+    Raises: UserError that begins with `where` for another shape or type, values that are not finite, or no samples.
+    """
+    x = numbers(where, x)
+    if len(x) == 0:
+        raise UserError(f"{where} holds {x.shape}: no samples.")
+    if task.pixels and x.dtype != np.uint8:
+        raise UserError(f"{where} holds values of type {x.dtype}; expected images of type uint8, as in training.")
+    x = x if task.pixels or x.dtype != np.uint8 else np.float32(x)  # numbers, no image
+    x = check(where, task.prepare(where, x) if task.prepare else x, task.stored or task.shape, "input")
+    return Split(Lazy(len(x), lambda rows, u: x[rows]), np.zeros(len(x)), None, "official", task, device)
+
+
+def meaning(task, out):
+    """A model's outputs (n, *output) as probabilities of classes, labels or mask pixels; other fields in the files' units."""
+    from scipy.special import expit, softmax
+
+    if task.target == "class":
+        return softmax(out.astype(np.float64), axis=1).astype(np.float32)
+    if task.target == "labels" or predicts_mask(task):
+        return expit(out.astype(np.float64)).astype(np.float32)
+    return task.restore(out) if task.restore else out
 
 
 def count_classes(target, y):

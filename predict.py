@@ -1,0 +1,80 @@
+"""Apply a finished run to new samples: the model of its best epoch, and the preparation of its task.
+
+    python predict.py runs/satellite-naive-tiny-roberta-s0 x.npy -o answers.npy
+
+x.npy holds samples in the raw layout of the task, (n, ...): as in the official files, before anything is normalised.
+
+    images                  uint8, such as (n, 3, 32, 32) for cifar100
+    darcy, navier_stokes1d  (n, 1, 85, 85) and (n, 1, 3072), coefficients and fields in the units of the files
+    openml<ID>              (n, F): the columns of the table but its label and those that the run left out; categories as
+                            numbers from 0 in the order of the file, NaN where a value is missing if there are categories
+    cosmic                  (n, 1, 129, 128), the sky level in the last row
+    fsd50k                  (n, 2, 22050): one second of sound, and zeros in place of noise
+    others                  the shape that `python data.py` lists
+
+answers.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask (n, H, W);
+other fields in the units of the files. The run's folder is all that is needed: no data, no backbone.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+import cli
+import data
+from run import autocast, choose_device, load, write
+
+
+@dataclass(frozen=True)
+class Args:
+    run: Annotated[str, tyro.conf.Positional]
+    """the folder of a finished run, of any method"""
+    inputs: Annotated[str, tyro.conf.Positional]
+    """an .npy file with the samples"""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """the .npy file that gets the answers"""
+    batch_size: int = 32
+    """samples at a time"""
+
+
+@torch.no_grad()
+def predict(model, task, x, where="x", batch_size=32):
+    """The answers of a model to new samples x (n, ...) in the raw layout of its task, see above: (n, *task.output) float32.
+
+    Args:
+        model, task: of `run.load`.
+        where: what the message of an error begins with.
+    Raises: UserError for samples of another shape or type, values or answers that are not finite.
+    """
+    device, precision = choose_device()
+    split, out = data.new_samples(task, x, where, device), []
+    for index in torch.arange(len(split)).split(min(split.chunk, batch_size)):
+        with autocast(device, precision):
+            out.append(model(split.inputs(index)).float().cpu())
+    out = torch.cat(out).numpy()  # (n, *output)
+    finite = np.isfinite(out).reshape(len(out), -1).all(1)  # (n,)
+    if not finite.all():
+        raise cli.UserError(f"{where}: the answer to sample {finite.argmin()} is not finite: its values are too large.")
+    return data.meaning(task, out)
+
+
+def main(args):
+    if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.inputs).resolve():
+        raise cli.UserError(f"-o {args.out} would take the place of something else.\nGive the name of a new file.")
+    model, task = load(args.run)
+    answers = predict(model, task, data.read_npy(Path(args.inputs)), args.inputs, args.batch_size)
+    content = io.BytesIO()
+    np.save(content, answers)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    write(Path(args.out), content.getvalue())
+    what = {"class": "probabilities of the classes", "labels": "probabilities of the labels", "field": "fields"}[task.target]
+    print(f"{args.out}: {data.size(answers.shape)}, {what}")
+
+
+if __name__ == "__main__":
+    cli.guarded(main, cli.command_line(Args, __doc__))
