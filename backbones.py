@@ -439,5 +439,7 @@ def rebuild(architecture):
         return transformers.AutoModel.from_config(config, dtype=torch.float32), Tokenizer(None)
     if "timm" in architecture:
         more = {name: value for name, value in architecture.items() if name != "timm"}
-        return import_timm().create_model(architecture["timm"], **more), None
+        swin = import_timm().create_model(architecture["timm"], **more)
+        swin.architecture = architecture
+        return swin, None
     return build_swin(**architecture), None

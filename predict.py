@@ -72,8 +72,8 @@ def main(args):
     np.save(content, answers)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(args.out), content.getvalue())
-    what = {"class": "probabilities of the classes", "labels": "probabilities of the labels", "field": "fields"}[task.target]
-    print(f"{args.out}: {data.size(answers.shape)}, {what}")
+    fields = task.target == "field" and not data.predicts_mask(task)
+    print(f"{args.out}: {data.size(answers.shape)}, {'fields' if fields else 'probabilities'}")
 
 
 if __name__ == "__main__":
