@@ -575,8 +575,11 @@ class Tracker:
     def begin(self, folder, arguments):
         """Start or continue a record in the run's folder; `arguments`: args.json."""
         if self.package == "wandb":
-            self.record = self.module.init(dir=folder, name=folder.name, config=arguments, resume="auto")
-            self.sent = max(0, self.record.step - 1)  # of a resumed record
+            try:
+                self.record = self.module.init(dir=folder, name=folder.name, config=arguments, resume="auto")
+            except self.module.Error as error:
+                raise UserError(f"--track wandb: {reason(error)}\nOr set WANDB_MODE=offline, which needs no account.") from error
+            self.sent = max(0, self.record.step - 1)  # its next step; 0 for a new record
             return
         for file in folder.glob("tensorboard/events.out.tfevents.*"):
             file.unlink()
@@ -586,7 +589,8 @@ class Tracker:
     def log(self, rows):
         """The numbers of those rows of metrics.jsonl that are new."""
         for step in range(self.sent + 1, len(rows) + 1):
-            numbers = {f"stage1/{name}" if "stage" in rows[step - 1] else name: value for name, value in rows[step - 1].items()}
+            row = rows[step - 1]
+            numbers = {f"stage1/{name}" if "stage" in row else name: value for name, value in row.items()}
             if self.package == "wandb":
                 self.record.log(numbers, step=step)
             else:
