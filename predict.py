@@ -2,15 +2,16 @@
 
     python predict.py runs/satellite-naive-tiny-roberta-s0 x.npy -o answers.npy
 
-x.npy holds samples in the raw layout of the task, (n, ...): as in the official files, before anything is normalised.
+x.npy holds new samples (n, ...) in the shape that `python data.py` lists and with the values of the official files, before
+anything is normalised. PDEs solved at the tiny scale have fewer points; a wrong shape is answered with the right one. In detail:
 
-    images                  uint8, such as (n, 3, 32, 32) for cifar100
-    darcy, navier_stokes1d  (n, 1, 85, 85) and (n, 1, 3072), coefficients and fields in the units of the files
-    openml<ID>              (n, F): the columns of the table but its label and those that the run left out; categories as
-                            numbers from 0 in the order of the file, NaN where a value is missing if there are categories
+    cifar100, spherical     images in uint8
+    darcy, navier_stokes1d  (n, 1, 85, 85) coefficients, (n, 1, 3072) density, pressure and velocity
     cosmic                  (n, 1, 129, 128), the sky level in the last row
-    fsd50k                  (n, 2, 22050): one second of sound, and zeros in place of noise
-    others                  the shape that `python data.py` lists
+    fsd50k                  (n, 2, 22050), a second of sound, and zeros where training mixes in noise
+    ecg                     pieces of records that have mean 0 and standard deviation 1
+    openml<ID>              (n, F), the table without its label and the columns that the run left out; categories as numbers
+                            from 0 in the order of the file, beside which NaN stands for a missing value
 
 answers.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask (n, H, W);
 other fields in the units of the files. The run's folder is all that is needed: no data, no backbone.

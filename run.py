@@ -578,7 +578,7 @@ class Tracker:
             try:
                 self.record = self.module.init(dir=folder, name=folder.name, config=arguments, resume="auto")
             except self.module.Error as error:
-                raise UserError(f"--track wandb: {reason(error)}\nOr set WANDB_MODE=offline, which needs no account.") from error
+                raise UserError(f"--track wandb: {reason(error)}\nWithout an account, set WANDB_MODE=offline.") from error
             self.sent = max(0, self.record.step - 1)  # its next step; 0 for a new record
             return
         for file in folder.glob("tensorboard/events.out.tfevents.*"):

@@ -154,6 +154,15 @@ def test_the_model_is_that_of_the_best_epoch_in_evaluation_mode(finished):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_the_released_head_has_nothing_to_load(tmp_path, capsys):
+    options = ["--task", "advection1d", "--scale", "tiny", "--as-released", "--n-train", 8, "--batch-size", 4]
+    here("finetune.py", *options, "--epochs", 1, "--steps-per-epoch", 1, out=tmp_path)
+    (folder,) = [path.parent for path in tmp_path.glob("*/result.json")]
+    x, y = (np.load(next(tmp_path.glob(f"cache/*-test-*-{name}.npy")))[:, None] for name in "xy")
+    model, task = load(folder)
+    assert task.score(predict.predict(model, task, x), y) == pytest.approx(result(folder)["test"], rel=1e-5)
+
+
 def test_answers_do_not_depend_on_the_size_of_a_batch(finished):
     folder, x, _ = finished
     one, most, turned = (predict.predict(*load(folder), v, batch_size=n) for v, n in ((x, 1), (x, 32), (x[::-1], 7)))
