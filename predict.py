@@ -3,7 +3,7 @@
     python predict.py runs/satellite-naive-tiny-roberta-s0 x.npy -o answers.npy
 
 x.npy holds new samples (n, ...) in the shape that `python data.py` lists and with the values of the official files, before
-anything is normalised. PDEs solved at the tiny scale have fewer points; a wrong shape is answered with the right one. In detail:
+anything is normalised. PDEs solved at the tiny scale have fewer points; an error names the shape that a run takes.
 
     cifar100, spherical     images in uint8
     darcy, navier_stokes1d  (n, 1, 85, 85) coefficients, (n, 1, 3072) density, pressure and velocity
