@@ -34,8 +34,8 @@ from tasks.tables import read_openml
 
 # What a task of one's own needs is here, too, so that it takes one import (README, "Your own data"): the command line, files
 # found and read, a toy.
-__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "command_line", "find_task", "guarded", "load", "load_proxy",
-           "locate", "read_npy", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
+__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "command_line", "find_task", "guarded", "load",
+           "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
 toy_signals = toys.signals
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,11 +69,10 @@ class Task:
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
     direction: str = "min"
     kind: str = ""  # of the tiny recipes; default: by modality and target
-    # what new samples need, where they are not stored as `read` returns them
-    of_statistics: Callable | None = None  # statistics of the training set -> what of the task they change; `read` uses it
-    statistics: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # name -> array
-    prepare: Callable | None = None  # (where, raw samples) -> x as `read` returns it
-    restore: Callable | None = None  # predictions -> in the units of the files
+    statistics: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # of the training set: name -> array
+    of_statistics: Callable | None = None  # statistics -> what of the task they change; `read` returns that, too
+    prepare: Callable | None = None  # (where, x of new samples, checked here) -> x as `read` returns it, by the statistics
+    restore: Callable | None = None  # predicted fields -> as the files have them; of a mask: its probabilities
     pixels: bool = False  # x are images in uint8
 
     def __post_init__(self):
@@ -149,7 +148,7 @@ TASKS = table((
         "cosmic", "cosmic rays in Hubble images", (1, 128, 128), "field", (128, 128), fields.read_cosmic,
         toys.hits, (("cosmic_train",), ("cosmic_test",)), RECIPES["cosmic"],
         loss=scores.mask_loss, score=scores.balanced_error, metric="1-bal.acc", augment=fields.add_sky,
-        stored=(1, 129, 128),
+        stored=(1, 129, 128), restore=scores.sigmoid,
     ),
     Task(
         "ninapro", "hand movements from muscle signals", (1, 16, 52), "class", (18,), signals.read_ninapro,
@@ -424,16 +423,11 @@ def gate(where, x, y, like, classes, rows=None):
     kind = ("class", 2**31) if len(like.shape) == 1 else ("input",)  # token ids are whole numbers, too
     x = check(f"{where}: x", x, getattr(like, "stored", None) or like.shape, *kind, rows=rows)
     shape, values = {"class": ((), "class"), "labels": ((classes,), "labels"), "field": (like.output, "number")}[like.target]
-    if predicts_mask(like):
+    if getattr(like.loss, "func", like.loss) is scores.mask_loss:
         values = "mask"
     if getattr(like, "score", None) is scores.clip_map_error and getattr(y, "shape", ())[1:] == (classes + 1,):
         shape = (classes + 1,)  # the last column is the number of the clip that a sample is cut from
     return x, check(f"{where}: y", y, shape, values, classes, rows=rows)
-
-
-def predicts_mask(like):
-    """Is the field of a Task or Proxy a mask of 0 and 1?"""
-    return getattr(like.loss, "func", like.loss) is scores.mask_loss
 
 
 @dataclass
@@ -505,50 +499,20 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
 
 
 def remember(loaded):
-    """What a model needs of its task as it was in training, for `recall`: a dict of JSON values."""
-    import torch
-
-    task, first = loaded.task, torch.zeros(1, dtype=torch.int64, device=loaded.train.device)
-    pixels = loaded.train._rows(loaded.train.x, first).dtype == torch.uint8
-    statistics = {name: np.asarray(value).tolist() for name, value in task.statistics.items()}
+    """What a model needs of its task as it was in training, for `recall`: JSON values."""
+    task, x = loaded.task, loaded.train.x
+    pixels = str((x.read(np.zeros(1, int)) if isinstance(x, Lazy) else x).dtype).endswith("uint8")
     same = {name: getattr(task, name) for name in ("shape", "stored", "mean", "std", "tokens")}
+    statistics = {name: np.asarray(value).tolist() for name, value in task.statistics.items()}
     return same | {"output": loaded.train.output, "pixels": pixels, "statistics": statistics}
 
 
 def recall(name, facts):
     """The Task called `name` as it was in training; its data are not read. Raises UserError for a name nobody knows."""
-    task = find_task(name)
+    statistics = {k: np.asarray(value) for k, value in facts["statistics"].items()}
     facts = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
-    task = replace(task, **facts | {"statistics": {k: np.asarray(value) for k, value in facts["statistics"].items()}})
-    return replace(task, **task.of_statistics(task.statistics)) if task.statistics else task
-
-
-def new_samples(task, x, where, device="cpu"):
-    """New samples x (n, ...) as a Split without targets, prepared as those of the training set.
-
-    They come in the raw layout of the task: uint8 images; `task.stored` or `task.shape`; or, if the task uses statistics of its
-    training set, what `task.prepare` takes: (n, 1, H, W) or (n, 1, L) in the units of the files, (n, F) for a table.
-    Raises: UserError that begins with `where` for another shape or type, values that are not finite, or no samples.
-    """
-    x = numbers(where, x)
-    if len(x) == 0:
-        raise UserError(f"{where} holds {x.shape}: no samples.")
-    if task.pixels and x.dtype != np.uint8:
-        raise UserError(f"{where} holds values of type {x.dtype}; expected images of type uint8, as in training.")
-    x = x if task.pixels or x.dtype != np.uint8 else np.float32(x)  # numbers, no image
-    x = check(where, task.prepare(where, x) if task.prepare else x, task.stored or task.shape, "input")
-    return Split(Lazy(len(x), lambda rows, u: x[rows]), np.zeros(len(x)), None, "official", task, device)
-
-
-def meaning(task, out):
-    """A model's outputs (n, *output) as probabilities of classes, labels or mask pixels; other fields in the files' units."""
-    from scipy.special import expit, softmax
-
-    if task.target == "class":
-        return softmax(out.astype(np.float64), axis=1).astype(np.float32)
-    if task.target == "labels" or predicts_mask(task):
-        return expit(out.astype(np.float64)).astype(np.float32)
-    return task.restore(out) if task.restore else out
+    task = replace(find_task(name), **facts | {"statistics": statistics})
+    return replace(task, **task.of_statistics(statistics)) if statistics else task
 
 
 def count_classes(target, y):

@@ -43,25 +43,40 @@ class Args:
     """samples at a time"""
 
 
+def prepare(task, x, where):
+    """New samples as `task.read` returns those of the files, checked. Raises UserError that begins with `where`."""
+    x = data.numbers(where, x)
+    if len(x) == 0:
+        raise cli.UserError(f"{where} holds {x.shape}: no samples.")
+    if task.pixels and x.dtype != np.uint8:
+        raise cli.UserError(f"{where} holds values of type {x.dtype}; expected images of type uint8, as in training.")
+    x = x if task.pixels or x.dtype != np.uint8 else np.float32(x)  # numbers, no image
+    return data.check(where, task.prepare(where, x) if task.prepare else x, task.stored or task.shape, "input")
+
+
 @torch.no_grad()
 def predict(model, task, x, where="x", batch_size=32):
-    """The answers of a model to new samples x (n, ...) in the raw layout of its task, see above: (n, *task.output) float32.
+    """The answers of a model to new samples x (n, ...), see above: (n, *task.output) float32.
 
     Args:
         model, task: of `run.load`.
         where: what the message of an error begins with.
     Raises: UserError for samples of another shape or type, values or answers that are not finite.
     """
+    x, out = prepare(task, x, where), []
     device, precision = choose_device()
-    split, out = data.new_samples(task, x, where, device), []
-    for index in torch.arange(len(split)).split(min(split.chunk, batch_size)):
+    samples = data.Lazy(len(x), lambda rows, u: x[rows])  # a batch at a time goes to the device
+    split = data.Split(samples, np.zeros(len(x)), None, "official", task, device)
+    for index in torch.arange(len(x)).split(min(split.chunk, batch_size)):
         with autocast(device, precision):
             out.append(model(split.inputs(index)).float().cpu())
     out = torch.cat(out).numpy()  # (n, *output)
     finite = np.isfinite(out).reshape(len(out), -1).all(1)  # (n,)
     if not finite.all():
         raise cli.UserError(f"{where}: the answer to sample {finite.argmin()} is not finite: its values are too large.")
-    return data.meaning(task, out)
+    if task.target == "field":
+        return task.restore(out) if task.restore else out
+    return data.scores.softmax(out) if task.target == "class" else data.scores.sigmoid(out)
 
 
 def main(args):
@@ -73,8 +88,7 @@ def main(args):
     np.save(content, answers)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(args.out), content.getvalue())
-    fields = task.target == "field" and not data.predicts_mask(task)
-    print(f"{args.out}: {data.size(answers.shape)}, {'fields' if fields else 'probabilities'}")
+    print(f"{args.out}: {data.size(answers.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
 
 
 if __name__ == "__main__":

@@ -435,7 +435,7 @@ class Run:
         if self.rank > 0:
             return
         if improved:
-            self.write_best(model)
+            self.write_best(model.state_dict())
         state = {
             "run": self.folder.name,
             "net": getattr(net, "module", net).state_dict(),
@@ -451,9 +451,9 @@ class Run:
         write(self.last, buffer.getvalue())
         self.write_history()
 
-    def write_best(self, model, **about):
-        """best.safetensors: the weights of `model`, and JSON values about it."""
-        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    def write_best(self, weights, **about):
+        """best.safetensors: the weights of a model, and JSON values about it."""
+        weights = {name: value.contiguous() for name, value in weights.items()}
         write(self.best_file, to_safetensors(weights, {name: json.dumps(value) for name, value in about.items()} or None))
 
     def write_history(self):
@@ -498,7 +498,8 @@ class Run:
         if self.rank == 0:
             title = f"{self.folder.name}  ({self.kind} data)"
             write(self.folder / "curves.png", curves(title, self.stage1, self.history, result))
-            self.write_best(model, architecture=model.encoder.architecture, facts=data.remember(loaded))  # for `load`
+            about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
+            self.write_best(load_file(self.best_file), **about)
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
             if self.tracker:
                 self.tracker.end(result)
