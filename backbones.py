@@ -62,6 +62,7 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, swin):
         super().__init__()
+        self.architecture = swin.architecture  # for `rebuild`
         self.grid = swin.patch_embed.grid_size
         self.reduction = swin.feature_info[-1]["reduction"]  # side of the image / side of the last grid
         self.layers, self.norm = swin.layers, swin.norm
@@ -109,6 +110,7 @@ class VitEncoder(nn.Module):
 
     def __init__(self, vit):
         super().__init__()
+        self.architecture = vit.architecture  # for `rebuild`
         self.reduction = vit.patch_embed.patch_size[0]  # side of the image / side of the grid
         self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
         prefix = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]  # in timm's order
@@ -147,6 +149,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model):
         super().__init__()
+        self.architecture = json.loads(model.config.to_json_string())  # for `rebuild`
         self.layers = model.encoder
 
     @property
@@ -195,7 +198,9 @@ def build_swin(**architecture):
     import_timm()
     from timm.models.swin_transformer import SwinTransformer
 
-    return SwinTransformer(**architecture)
+    swin = SwinTransformer(**architecture)
+    swin.architecture = architecture
+    return swin
 
 
 def check_weights(name, missing, mismatched, unexpected):
@@ -447,6 +452,13 @@ def fetch_image_model(short, wanted, pretrained):
     try:
         model = timm.create_model(f"local-dir:{short}" if folder else wanted)
         check_image_model(short, model)
+        named, more = wanted, {}
+        if folder:
+            config = json.loads((Path(short) / "config.json").read_bytes())
+            named, more = config["architecture"], config.get("model_args") or {}
+        elif short.startswith("hf-hub:"):
+            _, named, more = timm.models.load_model_config_from_hf(short.removeprefix("hf-hub:"))
+        model.architecture = {"timm": named, **more}
         if pretrained:
             # where names or classes differ, timm leaves weights random without an error: check what it is about to load
             check = model.register_load_state_dict_pre_hook(lambda model, weights, *_: compare_weights(short, model, weights))
@@ -471,3 +483,23 @@ def load_model(name, pretrained=True):
     if is_text_model(short, path):
         return read_roberta(path, pretrained) if from_file else fetch_text_model(name, wanted, pretrained)
     return read_swin(path, pretrained) if from_file else fetch_image_model(short, wanted, pretrained), None
+
+
+def rebuild(architecture):
+    """The network that an encoder's `architecture` describes, with random weights; needs neither its file nor a hub.
+
+    Args:
+        architecture: of an encoder: a name of timm and more arguments ("timm"), the configuration of a text model
+            ("model_type"), or the arguments of `build_swin`.
+    Returns: as `load_model`; a text model comes without its vocabulary.
+    """
+    if "model_type" in architecture:
+        transformers = import_transformers()
+        config = transformers.AutoConfig.for_model(**architecture)
+        return transformers.AutoModel.from_config(config, dtype=torch.float32), Tokenizer(None)
+    if "timm" in architecture:
+        more = {name: value for name, value in architecture.items() if name != "timm"}
+        model = import_timm().create_model(architecture["timm"], **more)
+        model.architecture = architecture
+        return model, None
+    return build_swin(**architecture), None

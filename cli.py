@@ -56,6 +56,8 @@ class Args:
     """follow the official code where it differs from the paper"""
     resume: bool = False
     """continue after the last finished epoch; the result is that of an uninterrupted run. An unfinished stage 1 restarts"""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """also write the numbers of metrics.jsonl for TensorBoard or W&B, under the run's folder: pip install tensorboard, wandb"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False

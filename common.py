@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones import DEFAULT_BACKBONE, SwinEncoder, TextEncoder, Tokenizer, VitEncoder, first_position, load_model
+from backbones import DEFAULT_BACKBONE, SwinEncoder, TextEncoder, Tokenizer, VitEncoder, first_position, load_model, rebuild
 from cli import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class Source:
         return self.embedder.tokens if self.modality == "2d" else shape[0]
 
 
-def load_source(name, pretrained=True):
+def load_source(name, pretrained=True, architecture=None):
     """The backbone `name` as a Source.
 
     Args:
@@ -321,9 +321,10 @@ def load_source(name, pretrained=True):
             id ("owner/name") of a BERT-like model, a folder saved by transformers. For both a .safetensors file of
             tools/pretrain.py. "random:NAME" is NAME with random weights, for measuring speed where no weights are available.
         pretrained: False builds the same network with random weights.
+        architecture: `encoder.architecture` of an earlier Source: builds its network with random weights, without its files.
     Raises: UserError for a name nobody knows, a damaged file, a model that cannot be cut, a hub that does not answer.
     """
-    model, tokenizer = load_model(name, pretrained)
+    model, tokenizer = load_model(name, pretrained) if architecture is None else rebuild(architecture)
     if tokenizer is not None:
         table = model.embeddings.position_embeddings
         embedder, width = model.embeddings.requires_grad_(False), table.embedding_dim

@@ -27,15 +27,16 @@ import numpy as np
 
 from cli import Missing, UserError, command_line, guarded, stream
 from tasks import fields, images, published, scores, signals, tables, text, toys
-from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, kept, locate, numbers, present
+from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, kept, locate, numbers, present, read_npy
 from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
 # What a task of one's own needs is here, too, so that it takes one import (README, "Your own data"): the command line, files
 # found and read, a toy.
-__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "class_names", "command_line", "find_task", "guarded", "kept",
-           "load", "load_proxy", "locate", "read_openml", "read_wav", "toy_signals"]  # fmt: skip
+__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "command_line", "find_task", "guarded",
+           "kept", "load", "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav",
+           "toy_signals"]  # fmt: skip
 toy_signals = toys.signals
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +74,11 @@ class Task:
     names: tuple[str, ...] | Callable | str = ""
     toy_names: tuple[str, ...] = ()  # what the classes of `toy` are
     sample: str = "an example"  # what a sample is: "a photo" of a class
+    statistics: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # of the training set: name -> array
+    of_statistics: Callable | None = None  # statistics -> what of the task they change; `read` returns that, too
+    prepare: Callable | None = None  # (where, x of new samples, checked here) -> x as `read` returns it, by the statistics
+    restore: Callable | None = None  # predicted fields -> as the files have them; of a mask: its probabilities
+    pixels: bool = False  # x are images in uint8
 
     def __post_init__(self):
         kinds = {"2d": ("images", "2D fields"), "1d": ("series", "1D fields")}[self.modality]
@@ -113,6 +119,7 @@ def pdebench(name, about, shape, output, loss=scores.nrmse, tokens=512, y_test=N
         name, about, shape, "field", output, read, None, ((name,),), RECIPES[name],
         loss=loss, score=scores.score_of(scores.nrmse), metric="nRMSE", tokens=tokens,
         simulate=functools.partial(fields.simulate, name, finish, tokens=tokens),
+        of_statistics=fields.of_normalised_training,
         read_released=functools.partial(read, y_test=y_test) if y_test else None,
     )  # fmt: skip
 
@@ -137,7 +144,7 @@ TASKS = table((
         "darcy", "flow through a porous medium", (3, 85, 85), "field", (85, 85), fields.read_darcy,
         None, (("darcy_train",), ("darcy_test",)), RECIPES["darcy"],
         loss=scores.relative_l2, score=scores.score_of(scores.relative_l2), metric="rel. L2",
-        simulate=functools.partial(fields.simulate, "darcy", fields.darcy_fields),
+        simulate=functools.partial(fields.simulate, "darcy", fields.darcy_fields), of_statistics=fields.of_darcy_training,
     ),
     Task(
         "psicov", "distances in a protein, from its sequence", (57, fields.SIDE, fields.SIDE), "field",
@@ -148,7 +155,7 @@ TASKS = table((
         "cosmic", "cosmic rays in Hubble images", (1, 128, 128), "field", (128, 128), fields.read_cosmic,
         toys.hits, (("cosmic_train",), ("cosmic_test",)), RECIPES["cosmic"],
         loss=scores.mask_loss, score=scores.balanced_error, metric="1-bal.acc", augment=fields.add_sky,
-        stored=(1, 129, 128),
+        stored=(1, 129, 128), restore=scores.sigmoid,
     ),
     Task(
         "ninapro", "hand movements from muscle signals", (1, 16, 52), "class", (18,), signals.read_ninapro,
@@ -222,6 +229,7 @@ def openml_task(number):
         f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(read_openml, number=number),
         toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens, kind="tables",
         names="the categories of its target are numbers or codes, not words",
+        of_statistics=tables.of_training_rows,
     )  # fmt: skip
 
 
@@ -500,6 +508,23 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     print(f"target  {task.name}: {kind} data, {n_train:,} samples for training and {n_val:,} for validation of {len(order):,},",
           f"{len(loaded.test):,} for test, {what}")  # fmt: skip
     return loaded
+
+
+def remember(loaded):
+    """What a model needs of its task as it was in training, for `recall`: JSON values."""
+    task, x = loaded.task, loaded.train.x
+    pixels = str((x.read(np.zeros(1, int)) if isinstance(x, Lazy) else x).dtype).endswith("uint8")
+    same = {name: getattr(task, name) for name in ("shape", "stored", "mean", "std", "tokens")}
+    statistics = {name: np.asarray(value).tolist() for name, value in task.statistics.items()}
+    return same | {"output": loaded.train.output, "pixels": pixels, "statistics": statistics}
+
+
+def recall(name, facts):
+    """The Task called `name` as it was in training; its data are not read. Raises UserError for a name nobody knows."""
+    statistics = {k: np.asarray(value) for k, value in facts["statistics"].items()}
+    facts = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
+    task = replace(find_task(name), **facts | {"statistics": statistics})
+    return replace(task, **task.of_statistics(statistics)) if statistics else task
 
 
 def count_classes(target, y):

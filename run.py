@@ -1,6 +1,7 @@
 """What keeps a run: optimizer and schedule, processes, seeds, the run folder with its checkpoints, evaluation, curves."""
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -22,9 +23,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import common
 import data
 from cli import UserError, reason, stream
-from common import DEFAULT_BACKBONE
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
@@ -187,6 +188,21 @@ def torchrun():
     return rank, world, local
 
 
+def choose_device(number=0):
+    """The GPU with this number, or the CPU, and the precision there: bf16 autocast where a GPU has it, else fp32."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "fp32"
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # on by default: the embedder's convolution would be off by 1.6e-4
+    return device, "bf16 autocast" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def autocast(device, precision):
+    """bf16 for the encoder's matrix products on CUDA; what reads and writes fields, losses and distances stay in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
+
+
 def damage(path):
     """What is wrong with a file of a run folder, in words; None if it is whole. Reads beginnings and ends, not the weights."""
     if not path.exists():
@@ -209,23 +225,19 @@ class Run:
 
     def __init__(self, args, method):
         self.rank, self.world, local = torchrun()
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-            torch.backends.cudnn.allow_tf32 = False  # on by default: the embedder's convolution would be off by 1.6e-4
+        self.tracker = Tracker(args.track) if args.track and self.rank == 0 else None
+        self.device, self.precision = choose_device(local)
+        cuda = self.device.type == "cuda"
         if self.world > 1:
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # one voice
         scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
         modality = data.find_task(args.task).modality
-        args = replace(args, scale=scale, backbone=args.backbone or DEFAULT_BACKBONE[modality, scale])
+        args = replace(args, scale=scale, backbone=args.backbone or common.DEFAULT_BACKBONE[modality, scale])
         self.args, self.method = data.complete(args, method, scale), getattr(args, "mode", method)
         if self.args.batch_size % self.world:
             raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes.")
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision = "bf16 autocast" if bf16 else "fp32"
         self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
         self.stage1 = []  # a row for each epoch of a method's first stage
         seed_everything("initial weights", self.args.seed)
@@ -252,7 +264,7 @@ class Run:
                 )
                 raise UserError(f"{self.folder} holds {state}.\nOr choose another --out-dir, or remove the folder.")
             before = json.loads((self.folder / "args.json").read_text())
-            free = ("resume", "out_dir", "data_dir")  # what may change without changing the result
+            free = ("resume", "out_dir", "data_dir", "track")  # what may change without changing the result
             other = [
                 f"{k} was {before.get(k)!r}, now {v!r}"
                 for k, v in identity.items()
@@ -269,6 +281,8 @@ class Run:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
+            if self.tracker:
+                self.tracker.begin(self.folder, identity)
         if self.world > 1:
             torch.distributed.barrier()  # nobody writes what a slower process would take for an earlier run
             if not (self.folder / "args.json").exists():
@@ -310,8 +324,7 @@ class Run:
             torch.distributed.barrier()
 
     def autocast(self):
-        """bf16 for the encoder's matrix products on CUDA; what reads and writes fields, losses and distances stay in fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
+        return autocast(self.device, self.precision)
 
     def distribute(self, module):
         """On the device, and gradients averaged over the processes if there are several.
@@ -422,7 +435,7 @@ class Run:
         if self.rank > 0:
             return
         if improved:
-            write(self.best_file, to_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}))
+            self.write_best(model.state_dict())
         state = {
             "run": self.folder.name,
             "net": getattr(net, "module", net).state_dict(),
@@ -438,9 +451,16 @@ class Run:
         write(self.last, buffer.getvalue())
         self.write_history()
 
+    def write_best(self, weights, **about):
+        """best.safetensors: the weights of a model, and JSON values about it."""
+        weights = {name: value.contiguous() for name, value in weights.items()}
+        write(self.best_file, to_safetensors(weights, {name: json.dumps(value) for name, value in about.items()} or None))
+
     def write_history(self):
         rows = [{"stage": 1, **row} for row in self.stage1] + self.history
         write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if self.tracker:
+            self.tracker.log(rows)
 
     def finish(self, model, loaded, source=None):
         """Test the last and the best checkpoint; write result.json and curves.png. Returns the result.
@@ -478,7 +498,11 @@ class Run:
         if self.rank == 0:
             title = f"{self.folder.name}  ({self.kind} data)"
             write(self.folder / "curves.png", curves(title, self.stage1, self.history, result))
+            about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
+            self.write_best(load_file(self.best_file), **about)
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
+            if self.tracker:
+                self.tracker.end(result)
         print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")
         print(self.result_file)
         if self.world > 1:
@@ -502,6 +526,88 @@ class Run:
     def progress(self, items, total, label):
         """A progress bar, on the first process, if stderr is a terminal."""
         return tqdm(items, label, total, leave=False, disable=None if self.rank == 0 else True)
+
+
+def load(folder):
+    """The model and the task of a finished run, from its folder alone: its data and its backbone are not needed any more.
+
+    Returns: the common.Model of the epoch that was best on validation, in evaluation mode, on the GPU if there is one; the
+        data.Task as it was in training.
+    Raises: UserError if the folder holds no finished run, a damaged one, one of an earlier version, or one of an unknown task.
+    """
+    folder = Path(folder)
+    arguments, best, result = (folder / name for name in ("args.json", "best.safetensors", "result.json"))
+    if not result.exists():
+        raise UserError(f"{folder} holds no finished run: there is no {result}.\nGive a run's folder; --resume finishes a run.")
+    for file in (arguments, best, result):
+        if wrong := damage(file):
+            raise UserError(f"{file} {wrong}.\nRestore it, or repeat the run in another --out-dir.")
+    with safe_open(best, "pt") as file:
+        about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+    if not {"architecture", "facts"} <= about.keys():
+        raise UserError(
+            f"{best} does not say what its model needs: an earlier version wrote it.\n"
+            f"Remove {result} and repeat the run's command with --resume: it is tested again, not trained."
+        )
+    args = json.loads(arguments.read_text())
+    task = data.recall(args["task"], about["facts"])
+    source = common.load_source(args["backbone"], architecture=about["architecture"])
+    embedder = common.make_embedder(task.shape, source, "random", task.tokens)
+    predictor = common.make_predictor(task.output, task.target, source, embedder, pooling=args["as_released"])
+    model = common.Model(embedder, source.encoder, predictor)
+    model.load_state_dict(load_file(best))
+    return model.to(choose_device()[0]).eval(), task
+
+
+class Tracker:
+    """--track: the rows of metrics.jsonl, the run's arguments and its result for TensorBoard or Weights & Biases.
+
+    A row's step is its number in metrics.jsonl. A resumed run has no step twice: TensorBoard's files are written anew, W&B's
+    run goes on after its last step.
+    """
+
+    def __init__(self, package):
+        try:
+            module = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(package, package))
+        except ImportError as error:
+            raise UserError(f"--track {package} needs a package that is not here ({error}): pip install {package}") from error
+        self.package, self.module, self.sent = package, module, 0
+
+    def begin(self, folder, arguments):
+        """Start or continue a record in the run's folder; `arguments`: args.json."""
+        if self.package == "wandb":
+            try:
+                self.record = self.module.init(dir=folder, name=folder.name, config=arguments, resume="auto")
+            except self.module.Error as error:
+                raise UserError(f"--track wandb: {reason(error)}\nWithout an account, set WANDB_MODE=offline.") from error
+            self.sent = max(0, self.record.step - 1)  # its next step; 0 for a new record
+            return
+        for file in folder.glob("tensorboard/events.out.tfevents.*"):
+            file.unlink()
+        self.record = self.module.SummaryWriter(folder / "tensorboard")
+        self.record.add_text("args", json.dumps(arguments))
+
+    def log(self, rows):
+        """The numbers of those rows of metrics.jsonl that are new."""
+        for step in range(self.sent + 1, len(rows) + 1):
+            row = rows[step - 1]
+            numbers = {f"stage1/{name}" if "stage" in row else name: value for name, value in row.items()}
+            if self.package == "wandb":
+                self.record.log(numbers, step=step)
+            else:
+                for name, value in numbers.items():
+                    self.record.add_scalar(name, value, step)
+                self.record.flush()
+        self.sent = max(self.sent, len(rows))
+
+    def end(self, result):
+        """result.json, and no more rows."""
+        if self.package == "wandb":
+            self.record.summary.update(result)
+            self.record.finish()
+        else:
+            self.record.add_text("result", json.dumps(result))
+            self.record.close()
 
 
 def curves(title, stage1, history, result):

@@ -11,6 +11,7 @@ import numpy as np
 
 from cli import Missing, UserError
 from tasks.files import (
+    check,
     check_shape,
     kept,
     kept_of_file,
@@ -71,13 +72,26 @@ def darcy_fields(train, test):
     """Raw fields (n, 85, 85) -> what `read_darcy` returns, but for the kind."""
     (a, u), (a_test, u_test) = train, test
     mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5  # (85, 85)
+    statistics = {"mean": mean, "std": std, "mean_y": u.mean(0), "std_y": u.std(0, ddof=1) + 1e-5}
+    x, x_test = (darcy_channels(part, mean, std) for part in (a, a_test))
+    return (x, u), (x_test, u_test), {"statistics": statistics, **of_darcy_training(statistics)}
+
+
+def darcy_channels(a, mean, std):
+    """The coefficient, normalised pixel by pixel, and its coordinates: (n, 85, 85) -> (n, 3, 85, 85)"""
     y, x = np.meshgrid(*2 * [np.linspace(0, 1, a.shape[1], dtype=np.float32)], indexing="ij")  # x grows along the columns
+    return np.stack([(a - mean) / std, *(np.broadcast_to(grid, a.shape) for grid in (x, y))], axis=1)
 
-    def channels(a):
-        return np.stack([(a - mean) / std, *(np.broadcast_to(grid, a.shape) for grid in (x, y))], axis=1)  # (n, 3, 85, 85)
 
-    loss = functools.partial(relative_l2, mean=u.mean(0), std=u.std(0, ddof=1) + 1e-5)
-    return (channels(a), u), (channels(a_test), u_test), {"loss": loss, "score": score_of(loss)}
+def of_darcy_training(statistics):
+    """What of darcy the statistics of its training set change, each (85, 85). New coefficients are (n, 1, 85, 85)."""
+    mean, std, mean_y, std_y = (np.float32(statistics[k]) for k in ("mean", "std", "mean_y", "std_y"))
+    loss = functools.partial(relative_l2, mean=mean_y, std=std_y)
+
+    def prepare(where, a):
+        return darcy_channels(check(where, a, (1, *mean.shape))[:, 0], mean, std)  # (n, 1, 85, 85) -> (n, 3, 85, 85)
+
+    return {"loss": loss, "score": score_of(loss), "prepare": prepare, "restore": lambda out: out * std_y + mean_y}
 
 
 PAD, SIDE, FAR = 5, 512, 16.0  # psicov: margin and side of the maps in residues, largest distance told apart in Angstrom
@@ -297,12 +311,25 @@ def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False)
 
 
 def pde_fields(train, test, normalise=False):
-    """Raw fields (n, L) or (n, H, W) -> x (n, 1, ...), y (n, 1, L) or (n, H, W) of training and test set; no changes."""
+    """Raw fields (n, L) or (n, H, W) -> x (n, 1, ...), y (n, 1, L) or (n, H, W) of training and test set; the changes."""
+    changes = {}
     if normalise:
         mean, std = train[0].mean(0), train[0].std(0, ddof=1) + 1e-5
         train, test = (tuple((part - mean) / std for part in split) for split in (train, test))
+        statistics = {"mean": mean, "std": std}
+        changes = {"statistics": statistics, **of_normalised_training(statistics)}
     train, test = ((x[:, None], y[:, None] if y.ndim == 2 else y) for x, y in (train, test))
-    return train, test, {}
+    return train, test, changes
+
+
+def of_normalised_training(statistics):
+    """What of a normalised 1D task the statistics of its training inputs change, each (L,). New fields are (n, 1, L)."""
+    mean, std = (np.float32(statistics[k]) for k in ("mean", "std"))
+
+    def prepare(where, x):
+        return (check(where, x, (1, *mean.shape)) - mean) / std  # (n, 1, L)
+
+    return {"prepare": prepare, "restore": lambda out: out * std + mean}
 
 
 TRAIN, TEST, TOKENS = 1000, 200, 64  # simulated at the tiny scale: samples for training and test, tokens of 1D fields, at most

@@ -80,6 +80,20 @@ def squared(out, y):
     return (out.float() - y).square().mean()
 
 
+def sigmoid(out):
+    """Probabilities of logits, of any shape, fp32."""
+    from scipy.special import expit
+
+    return expit(out.astype(np.float64)).astype(np.float32)
+
+
+def softmax(out):
+    """Probabilities of classes: (n, K) -> (n, K) fp32"""
+    from scipy.special import softmax
+
+    return softmax(out.astype(np.float64), axis=1).astype(np.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics: errors, lower is better, of numpy arrays of all samples at once (the official codes average chunks of about 1000)
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import Missing, UserError
-from tasks.files import reading
+from tasks.files import check, check_shape, reading
 from tasks.scores import cross_entropy
 
 SKLEARN_COPIES = {61: "load_iris", 187: "load_wine", 1510: "load_breast_cancer", 28: "load_digits"}
@@ -304,27 +304,67 @@ def read_openml(data_dir, cache, number):
             f"OpenML {number}: {len(y)} rows, {len(names)} classes, the rarest with {rarest}: too few for a test set."
         )
     train, test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=0, stratify=y)
-    numeric = [i for i in range(values.shape[1]) if i not in categories]
+    counts = np.array([categories.get(i, 0) for i in range(values.shape[1])])  # (F,)
     if not categories:
         gaps = np.isnan(values).any(0)  # (F,)
         if gaps.any():
             print(f"openml{number}: left out {listed([column_names[i] for i in np.flatnonzero(gaps)])} (missing values)")
-        numeric = [i for i in numeric if not gaps[i]]
-        check_any(number, numeric)
-    numbers = np.nan_to_num(values[:, numeric])  # (n, numeric columns)
+        values, counts = values[:, ~gaps], counts[~gaps]  # (n, columns without gaps)
+        check_any(number, list(counts))
+    numbers = np.nan_to_num(values[:, counts == 0])  # (n, numeric columns)
     mean, std = numbers[train].mean(0), numbers[train].std(0)
-    numbers = (numbers - mean) / np.where(std > 0, std, 1)
+    statistics = {"categories": counts, "mean": mean, "std": np.where(std > 0, std, 1)}
+    x = encode_rows(values, **statistics)
     if categories:
-        x = np.zeros((len(y), max(categories.values()) + 1, values.shape[1]), np.float32)  # (n, channels, columns)
-        for position, (column, count) in enumerate(categories.items()):
-            code = np.nan_to_num(values[:, column], nan=count).astype(int)
-            x[np.arange(len(y)), code, position] = 1
-        x[:, 0, len(categories) :] = numbers
         x = x[:, : max(1, np.flatnonzero(x.any((0, 2))).max() + 1)]  # the last channel only if a value is missing
-    else:
-        x = numbers.astype(np.float32)[:, :, None]  # (n, channels, 1)
     K = len(names)
-    weights = tuple(len(train) / (K * np.bincount(y[train], minlength=K)))  # n / (K n_c): mean 1 over the training rows
-    changes = {"shape": x.shape[1:], "output": (len(names),), "loss": functools.partial(cross_entropy, weights=weights)}
+    weights = len(train) / (K * np.bincount(y[train], minlength=K))  # n / (K n_c): mean 1 over the training rows
+    statistics |= {"channels": x.shape[1], "weights": weights}
+    changes = {"shape": x.shape[1:], "output": (len(names),), "statistics": statistics, **of_training_rows(statistics)}
     changes |= {"names": tuple(map(str, called))} if are_words(called) else {}
     return (x[train], y[train]), (x[test], y[test]), kind, changes
+
+
+def encode_rows(values, categories, mean, std):
+    """Rows of a table as `read_openml` describes them, with all channels: (n, F) -> (n, channels, F), or (n, F, 1).
+
+    Args:
+        values: (n, F) numbers, categories as whole numbers from 0, NaN where a value is missing.
+        categories: (F,) how many there are in a column; 0: it holds numbers.
+        mean, std: (numeric columns,) of the training rows.
+    """
+    numbers = (np.nan_to_num(values[:, categories == 0]) - mean) / std  # (n, numeric columns)
+    if not categories.any():
+        return numbers.astype(np.float32)[:, :, None]  # (n, F, 1)
+    x = np.zeros((len(values), categories.max() + 1, len(categories)), np.float32)  # (n, channels, F)
+    columns = np.flatnonzero(categories)
+    for position, column in enumerate(columns):
+        code = np.nan_to_num(values[:, column], nan=categories[column]).astype(int)
+        x[np.arange(len(values)), code, position] = 1
+    x[:, 0, len(columns) :] = numbers
+    return x
+
+
+def of_training_rows(statistics):
+    """What of a task the statistics of its training rows change: the weights of its classes, and how new rows are prepared.
+
+    New rows are (n, F), without the label and the columns that were left out, in the order of the table.
+    """
+    categories, mean, std, channels, weights = (statistics[k] for k in ("categories", "mean", "std", "channels", "weights"))
+
+    def prepare(where, values):
+        values = np.float64(check_shape(where, values, (None, len(categories))))  # as the numbers of a table are read
+        known = np.where(np.isnan(values) & categories.any(), 0, values)  # categories or not: what a missing value means
+        check(where, known, (len(categories),))
+        for column in np.flatnonzero(categories):
+            check(f"{where}: column {column}", known[:, column], (), "class", categories[column])
+        x = encode_rows(values, categories, mean, std)
+        beyond = x[:, channels:].any((1, 2))  # (n,)
+        if beyond.any():
+            raise UserError(
+                f"{where}: sample {beyond.argmax()} lacks a category; no value of this column was missing in the table.\n"
+                f"Wrong in {beyond.sum():,} of {len(x):,} samples: fill them in, or leave these samples out."
+            )
+        return x[:, :channels]  # (n, C, F)
+
+    return {"loss": functools.partial(cross_entropy, weights=tuple(weights)), "prepare": prepare}

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 
+import numpy as np
 import torch
 import tyro
 from conftest import ROOT  # which puts the project on the path
@@ -12,7 +13,7 @@ from conftest import ROOT  # which puts the project on the path
 import data
 import run
 
-__all__ = ["METHODS", "NOISE", "ROOT", "SHORT", "curves", "ended", "fork", "here", "result", "rows", "weights"]
+__all__ = ["METHODS", "NOISE", "ROOT", "SHORT", "curves", "ended", "fork", "here", "result", "rows", "score", "weights"]
 METHODS = ["pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune"]
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
 NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
@@ -60,3 +61,14 @@ def rows(folder):
     """metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+def score(task, answers, y):
+    """The error of what `predict` answers: its probabilities are taken back to logits, fields count as they are."""
+    p = answers.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        if task.target == "class":
+            return task.score(np.log(p), y)
+        if task.target == "labels" or task.name == "cosmic":
+            return task.score(np.log(p) - np.log1p(-p), y)
+    return data.TASKS[task.name].score(answers, y)

@@ -4,11 +4,16 @@ import importlib
 import json
 import math
 
+import numpy as np
 import pytest
-from helpers import METHODS
+from helpers import METHODS, score
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
 
 import cli
 import data
+import predict
+from run import load
 
 TASKS = [*data.TASKS, "openml1510"]
 LARGE = ("psicov", "deepsea", "fsd50k")
@@ -42,6 +47,29 @@ def run(method, task, tmp_path, monkeypatch):
     looks = {"orca": 3, "mona": 1, "recraft": 4, "contrast": 2, "lsg": 10 * (options.get("prototypes") == "graph")}
     assert len(first_stage) == looks.get(method, 0)
     assert result["task"] == task
+    x, y, units = raw_test_set(task, tmp_path)
+    model, found = load(folder)
+    answers = predict.predict(model, found, x, batch_size=7)
+    assert answers.dtype == np.float32 and answers.shape == (len(x), *found.output)
+    assert score(found, units(answers), units(y)) == pytest.approx(result["test"], rel=1e-4, abs=1e-6)
+
+
+def raw_test_set(task, folder):
+    """The test samples of a run as they came, x and y, and what changes fields to the units in which they are compared."""
+    same = lambda field: field
+    if task == "openml1510":
+        x, y = load_breast_cancer(return_X_y=True)
+        test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=0, stratify=y)[1]
+        return x[test], y[test], same
+    if toy := data.TASKS[task].toy:
+        whole = lambda part: part if isinstance(part, np.ndarray) else part.read(np.arange(len(part)))
+        x, y = map(whole, toy(data.TOY_TEST, seed=1))
+        return x, y, same
+    of = lambda part, name: np.load(next(folder.glob(f"cache/{task}-{part}-*-{name}.npy")))
+    x, y, train = of("test", "x")[:, None], of("test", "y"), of("train", "x")
+    if task == "navier_stokes1d":
+        return x, y[:, None], lambda field: (field - train.mean(0)) / (train.std(0, ddof=1) + 1e-5)
+    return x, y if y.ndim == 3 else y[:, None], same
 
 
 @pytest.mark.parametrize("number, task", list(enumerate(TASKS)))

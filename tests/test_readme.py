@@ -2,11 +2,14 @@
 
 import csv
 import re
+import shlex
 
 import numpy as np
-from helpers import ROOT, result
+import tyro
+from helpers import ROOT, here, result
 
 import data
+import predict
 from tools import reproduce
 
 README = (ROOT / "README.md").read_text()
@@ -26,6 +29,18 @@ def test_a_task_of_ones_own_made_as_in_readme(script, tmp_path, monkeypatch):
     assert "target  mine: official data, 81 samples for training and 9 for validation of 90, 30 for test, 5 classes" in said
     (folder,) = [path.parent for path in tmp_path.glob("runs/mine-orca-tiny-roberta-s0*/result.json")]
     assert result(folder)["n_train"] == 81
+
+
+def test_a_finished_run_answers_as_in_readme(tmp_path, monkeypatch):
+    text = README[README.index("### Using what was trained") :]
+    train, apply = (shlex.split(line)[1:] for line in re.search(r"```bash\n(.*?)```", text, re.S)[1].splitlines())
+    here(*train, "--n-train", 16, "--batch-size", 8, "--epochs", 1, out=tmp_path / "runs")
+    np.save(tmp_path / "x.npy", data.TASKS["satellite"].toy(9, seed=2)[0])
+    monkeypatch.chdir(tmp_path)
+    predict.main(tyro.cli(predict.Args, args=apply[1:]))
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    assert names["answers"].shape == (9, 6) and np.array_equal(names["answers"], np.load("answers.npy"))
 
 
 def test_every_equation_is_on_the_line_that_the_table_names():

@@ -65,6 +65,11 @@ SCRATCH, BEST = (
 )
 EVALUATION = "test_evaluation_is_repeatable_and_training_is_not"
 RESUME = "test_a_stopped_run_resumes_with_the_weights_of_an_uninterrupted_one"
+ANSWERS = "test_answers_for_the_official_test_set_have_the_error_of_the_run"
+LOADED = "test_the_model_is_that_of_the_best_epoch_in_evaluation_mode"
+TRACKED, TRACK_RESUMED = (
+    "test_tracked_numbers_are_those_of_the_run_which_stays_the_same", "test_a_resumed_run_has_no_step_twice",
+)  # fmt: skip
 
 CLIP = "nn.utils.clip_grad_norm_(net.parameters(), args.clip)"
 INIT = ("--init is ignored", "source, args.init, task.tokens)", 'source, "copy", task.tokens)')
@@ -374,6 +379,32 @@ MUTATIONS = {
         ("best epoch lost on resuming", 'k in ("history", "best", "best_epoch", "seconds")',
          'k in ("history", "val", "best_epoch", "seconds")', RESUME),
         ("half a file may stay", "part.replace(path)", "path.write_bytes(content)", "test_a_file_is_whole_or_not_there"),
+        ("load leaves random weights", "    model.load_state_dict(load_file(best))\n", "", LOADED),
+        ("load: in training mode", "return model.to(choose_device()[0]).eval(), task",
+         "return model.to(choose_device()[0]), task",
+         LOADED),
+        ("load forgets the released head", 'pooling=args["as_released"])', "pooling=False)",
+         "test_the_released_head_has_nothing_to_load"),
+        ("load takes what an earlier version wrote", '{"architecture", "facts"} <= about.keys()', "about is not None",
+         "test_a_folder_of_an_earlier_version_says_how_to_complete_it"),
+        ("load: damage is not noticed", "    for file in (arguments, best, result):\n", "    for file in ():\n",
+         "test_folders_that_hold_no_finished_run_are_refused"),
+        ("load of a run that has not ended", "    if not result.exists():\n", "    if False:\n",
+         "test_folders_that_hold_no_finished_run_are_refused"),
+        ("every process tracks", "if args.track and self.rank == 0 else None", "if args.track else None",
+         "test_only_the_first_process_tracks"),
+        ("--track belongs to the identity of a run", '"data_dir", "track")', '"data_dir")',
+         "test_a_run_may_be_tracked_from_its_middle_on"),
+        ("tracked steps are repeated", "range(self.sent + 1, len(rows) + 1)", "range(1, len(rows) + 1)",
+         f"{TRACKED}[tensorboard]"),
+        ("tracked by W&B twice after a resume", "self.sent = max(0, self.record.step - 1)", "self.sent = 0",
+         f"{TRACK_RESUMED}[wandb]"),
+        ("tracked by TensorBoard twice after a resume", "            file.unlink()\n", "            pass\n",
+         f"{TRACK_RESUMED}[tensorboard]"),
+        ("track: stage 1 under the names of stage 2", 'f"stage1/{name}" if "stage" in row else name', "name",
+         "test_rows_of_the_first_stage_come_under_their_own_names[wandb]"),
+        ("track: no result", "self.record.summary.update(result)", "pass", f"{TRACKED}[wandb]"),
+        ("track: no arguments", 'self.record.add_text("args", json.dumps(arguments))', "pass", f"{TRACKED}[tensorboard]"),
     ],
     "data.py": [
         ("no augmentation in training", "yield self._prepare(x, u[step].to(self.device)), y", "yield self._prepare(x, None), y",
@@ -393,6 +424,10 @@ MUTATIONS = {
         ("classes from 1", "return int(y.max()) + 1", "return int(y.max()) + 2", "test_classes_are_counted_from_0"),
         ("rate of stage 1 as accumulated", "args.lr / (args.accumulate if", "args.lr / (1 if",
          "test_a_first_stage_has_the_published_rate_of_one_batch"),
+        ("load forgets the statistics of the training set", "if statistics else task", "if False else task",
+         f"{ANSWERS}[darcy]"),
+        ("load: classes of the task, not of the data", '"output": loaded.train.output', '"output": task.output', LOADED),
+        ("predict: a mask in logits", "restore=scores.sigmoid", "restore=None", f"{ANSWERS}[cosmic]"),
     ],
     "tasks/scores.py": [
         ("right answers counted as wrong", "float(zero_one_loss(y, out.argmax(1)))", "float(zero_one_loss(y, out.argmin(1)))",
@@ -439,6 +474,9 @@ MUTATIONS = {
          " test_numbers_alone_are_one_position_and_columns_with_gaps_are_left_out"),
         ("frequent classes weigh more", "len(train) / (K * np.bincount(y[train], minlength=K))",
          "K * np.bincount(y[train], minlength=K) / len(train)", "test_rare_classes_weigh_more"),
+        ("predict: unseen gaps become zeros", "if beyond.any():", "if False:", "test_rows_of_a_table_have_its_categories"),
+        ("predict: gaps among numbers", "np.isnan(values) & categories.any()", "np.isnan(values)",
+         "test_rows_of_a_table_have_its_categories"),
     ],
     "tasks/fields.py": [
         ("darcy scaled by the test set", "mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5",
@@ -448,6 +486,9 @@ MUTATIONS = {
          "test_darcy_is_every_fifth_point_normalised_by_training_pixels"),
         ("bright pixels that do not count", "counts = tile[2] == 0", "counts = tile[2] >= 0",
          "test_cosmic_takes_galaxy_fields_their_middle_and_the_sky"),
+        ("predict: darcy without its units", "out * std_y + mean_y", "out", "test_fields_are_in_the_units_of_the_files"),
+        ("predict: navier_stokes1d not normalised", "return (check(where, x, (1, *mean.shape)) - mean) / std",
+         "return check(where, x, (1, *mean.shape))", f"{ANSWERS}[navier_stokes1d]"),
     ],
     "tasks/signals.py": [
         ("windows of rare rhythms as far apart as others", '"A": 500 // 6', '"A": 500 // 2',
@@ -514,6 +555,22 @@ MUTATIONS = {
          "test_words_get_no_start_and_end_tokens"),
         ("no failure for a file of other weights", "        compare_weights(path, swin, weights)\n", "",
          "test_a_backbone_file_with_a_weight_missing_is_refused"),
+        ("load: a folder's architecture without its arguments", '{"timm": named, **more}', '{"timm": named}',
+         "test_the_backbone_is_not_needed"),
+    ],
+    "predict.py": [
+        ("logits of classes", "data.scores.softmax(out)", "out", f"{ANSWERS}[cifar100]"),
+        ("logits of labels", "else data.scores.sigmoid(out)", "else out", f"{ANSWERS}[fsd50k]"),
+        ("fields as trained on", "return task.restore(out) if task.restore else out", "return out",
+         "test_fields_are_in_the_units_of_the_files"),
+        ("no preparation", "task.prepare(where, x) if task.prepare else x", "x", f"{ANSWERS}[openml900]"),
+        ("images of any type", "if task.pixels and x.dtype != np.uint8:", "if False:",
+         "test_samples_of_another_kind_are_refused"),
+        ("all uint8 are scaled", "if task.pixels or x.dtype != np.uint8 else", "if True else", "test_images_alone_are_scaled"),
+        ("batches in another order", "out.append(", "out.insert(0, ", "test_answers_do_not_depend_on_the_size_of_a_batch"),
+        ("answers that are not finite", "if not finite.all():", "if False:", "test_samples_of_another_kind_are_refused"),
+        ("inputs are overwritten", "or Path(args.out).resolve() == Path(args.inputs).resolve()", "",
+         "test_answers_take_the_place_of_nothing_else"),
     ],
 }  # fmt: skip
 
