@@ -311,6 +311,7 @@ def main(args):
     # ---- optimizer and schedule
     if args.checkpoint:
         common.checkpoint_activations(model.encoder)
+    score = net.score  # contrast
     net = run.distribute(net)
     steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
@@ -356,6 +357,8 @@ def main(args):
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation
+    ks = {epoch + 1: schedule(epoch, args.epochs, k0, k_end) for epoch in (0, args.epochs // 2, args.epochs - 1)}  # contrast
+    run.draw_patches(loaded.test, lambda x: score(model.embedder(x)), ks)  # contrast
     return run.finish(model, loaded, args.source)  # contrast
 
 

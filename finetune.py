@@ -86,6 +86,10 @@ class LoRA(nn.Module):
         updates = zip(self.names, self.A, self.B, strict=True)
         return {name: self.model.get_parameter(name) + self.scale * (B @ A) for name, A, B in updates}
 
+    def merge_into(self, model):
+        """Load W into a plain model."""
+        model.load_state_dict(self.model.state_dict() | self.merged())
+
     def forward(self, x):
         return torch.func.functional_call(self.model, self.merged(), (x,))  # (B, K)
 
@@ -158,13 +162,15 @@ def main(args):
             if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
         if args.mode == "lora":  # finetune
-            model.load_state_dict(lora.model.state_dict() | lora.merged())  # finetune
+            lora.merge_into(model)  # finetune
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation
+    if args.mode == "lora":  # finetune: a resumed run may have no epoch left
+        lora.merge_into(model)  # finetune
     return run.finish(model, loaded)  # finetune
 
 

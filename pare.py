@@ -200,7 +200,8 @@ def main(args):
     # ---- PaRe: gate and source predictor; the source embedder stays frozen, outside of what trains
     shared = task.target == source_set.target == "field"  # fields and masks share one predictor, as in the official code
     predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
-    net = PaRe(model, Gate(source.token_width), predictor_s, args.temperature, args.gate_noise)
+    gate = Gate(source.token_width)
+    net = PaRe(model, gate, predictor_s, args.temperature, args.gate_noise)
     source.embedder.to(device)
     N, N_s = embedder.tokens, source.tokens(source_set.shape)
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
@@ -256,6 +257,8 @@ def main(args):
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation
+    ks = {epoch + 1: schedule(epoch, args.epochs, k0, k_end) for epoch in (0, args.epochs // 2, args.epochs - 1)}  # PaRe
+    run.draw_patches(loaded.test, lambda x: gate(model.embedder(x)), ks)  # PaRe
     return run.finish(model, loaded, args.source)  # PaRe
 
 

@@ -23,6 +23,7 @@ def subplots(rows, columns, width, height, **more):
 
 
 def png(figure):
+    """The figure as bytes; it is closed."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
@@ -31,20 +32,49 @@ def png(figure):
     return buffer.getvalue()
 
 
+def curves(title, stage1, history, result):
+    """Each number of stage 1 over its epochs, then loss, validation metric and the rest over the epochs of training."""
+    panels = [("stage 1: ", stage1, k) for row in stage1[:1] for k in row if k not in ("epoch", "seconds")]
+    panels += [("", history, k) for k in history[0] if k not in ("epoch", "seconds", "lr")]
+    figure, axes = subplots(1, len(panels), 3.4, 2.8)
+    for axis, (stage, rows, name) in zip(axes[0], panels, strict=True):
+        axis.plot([row["epoch"] for row in rows], [row[name] for row in rows], ".-")
+        axis.set(xlabel="epoch", title=stage + name)
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+        if name == "val":
+            axis.plot(result["best_epoch"], result["test"], "r*", markersize=10, label=f"test {result['test']:.3f}")
+            axis.set_title(f"{result['metric']} on validation")
+            axis.legend()
+    figure.suptitle(title)
+    return png(figure)
+
+
+def predictions(title, task, x, out, y):
+    """Of the test set: the confusion matrix of classes, or the first fields. x (SHOWN, ...); out and y: of all samples."""
+    if task.target == "class":
+        return confusion(title, out, y, task.names if isinstance(task.names, tuple) else None)
+    return fields(title, x, out, y)
+
+
 def displayed(x):
     """A sample (C, H, W) as a picture: its first three channels as colours, or its first one; its range becomes 0 to 1."""
     x = x[:3] if len(x) >= 3 else x[:1]
     return ((x - x.min()) / (np.ptp(x) or 1)).transpose(1, 2, 0)  # (H, W, 3 or 1)
 
 
+def shares(out, y):
+    """The share of each true class that is predicted as each class: out (n, K), y (n,) -> (K, K), rows sum to 1."""
+    counts = np.zeros((out.shape[1], out.shape[1]))
+    np.add.at(counts, (y, out.argmax(1)), 1)
+    return counts / counts.sum(1, keepdims=True).clip(1)
+
+
 def confusion(title, out, y, names=None):
-    """Which classes are taken for which: the share of each true class that is predicted as each class. out (n, K), y (n,)"""
+    """Which classes are taken for which. out (n, K), y (n,)"""
     K = out.shape[1]
-    share = np.zeros((K, K))
-    np.add.at(share, (y, out.argmax(1)), 1)
-    share /= share.sum(1, keepdims=True).clip(1)  # (K, K), rows of classes that occur sum to 1
     figure, ((axis,),) = subplots(1, 1, 5.2, 4.4)
-    image = axis.imshow(share, cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
+    image = axis.imshow(shares(out, y), cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     if names is not None and K <= 24:
         axis.set_xticks(range(K), names, rotation=90, fontsize=7)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import common
 import data
+import plots
 from cli import UserError, reason, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +373,8 @@ class Run:
     def evaluate(self, model, split, task):
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples.
 
-        NaN if a prediction is not finite: the largest of NaN scores would still be some class.
+        NaN if a prediction is not finite: the largest of NaN scores would still be some class. Predictions and targets are kept
+        as `answers` until the next call.
         """
         model.eval()
         # the last batch is smaller: not worth compiling again. Importing the compiler takes seconds, so only if it is used
@@ -388,6 +390,7 @@ class Run:
             shares = [None] * self.world
             torch.distributed.all_gather_object(shares, (out, y))
             out, y = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+        self.answers = out, y
         return task.score(out, y) if np.isfinite(out).all() else math.nan
 
     def resume(self, net, optimizer, schedule):
@@ -463,7 +466,7 @@ class Run:
             self.tracker.log(rows)
 
     def finish(self, model, loaded, source=None):
-        """Test the last and the best checkpoint; write result.json and curves.png. Returns the result.
+        """Test the last and the best checkpoint; write result.json, curves.png and predictions.png. Returns the result.
 
         Raises UserError, and writes nothing, when a test error is not finite.
         """
@@ -497,7 +500,10 @@ class Run:
         }  # fmt: skip
         if self.rank == 0:
             title = f"{self.folder.name}  ({self.kind} data)"
-            write(self.folder / "curves.png", curves(title, self.stage1, self.history, result))
+            write(self.folder / "curves.png", plots.curves(title, self.stage1, self.history, result))
+            if task.target != "labels":
+                x = self.first_inputs(loaded.test).cpu().numpy()
+                write(self.folder / "predictions.png", plots.predictions(title, task, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
             self.write_best(load_file(self.best_file), **about)
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
@@ -508,6 +514,18 @@ class Run:
         if self.world > 1:
             torch.distributed.destroy_process_group()
         return result
+
+    def first_inputs(self, split):
+        """The first samples of a split, for a picture: (n, C, H, W) or (n, C, L)."""
+        return split.inputs(torch.arange(min(plots.SHOWN, len(split)), device=self.device))
+
+    @torch.no_grad()
+    def draw_patches(self, split, score, ks):
+        """Write patches.png: the patches that are replaced, by `score`, x -> (n, N), as it is now. ks: epoch -> k."""
+        if self.rank == 0 and max(ks.values()) > 0:
+            x = self.first_inputs(split)
+            title = f"{self.folder.name}: patches replaced by the source's"
+            write(self.folder / "patches.png", plots.replaced(title, x.cpu().numpy(), score(x).cpu().numpy(), ks))
 
     def mean(self, losses):
         """Mean over the steps of all processes."""
@@ -608,29 +626,3 @@ class Tracker:
         else:
             self.record.add_text("result", json.dumps(result))
             self.record.close()
-
-
-def curves(title, stage1, history, result):
-    """curves.png as bytes: each number of stage 1 over its epochs, then loss, validation metric and the rest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [("stage 1: ", stage1, k) for row in stage1[:1] for k in row if k not in ("epoch", "seconds")]
-    panels += [("", history, k) for k in history[0] if k not in ("epoch", "seconds", "lr")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 2.8), layout="constrained", squeeze=False)
-    for axis, (stage, rows, name) in zip(axes[0], panels, strict=True):
-        axis.plot([row["epoch"] for row in rows], [row[name] for row in rows], ".-")
-        axis.set(xlabel="epoch", title=stage + name)
-        axis.locator_params(axis="x", integer=True)
-        axis.grid(alpha=0.3)
-        if name == "val":
-            axis.plot(result["best_epoch"], result["test"], "r*", markersize=10, label=f"test {result['test']:.3f}")
-            axis.set_title(f"{result['metric']} on validation")
-            axis.legend()
-    figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()

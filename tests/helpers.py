@@ -11,9 +11,9 @@ import tyro
 from conftest import ROOT  # which puts the project on the path
 
 import data
-import run
+import plots
 
-__all__ = ["METHODS", "NOISE", "ROOT", "SHORT", "curves", "ended", "fork", "here", "result", "rows", "score", "weights"]
+__all__ = ["DRAWN", "METHODS", "NOISE", "ROOT", "SHORT", "ended", "fork", "here", "result", "rows", "score", "weights"]
 METHODS = ["pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune"]
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
 NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
@@ -21,7 +21,9 @@ NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw aga
 torch.set_num_threads(1)
 data.TOY_TEST = 100  # toy images to test on: 500 take longer than the training
 data.TINY_STEPS = dict.fromkeys(data.TINY_STEPS, 2)  # optimizer steps in an epoch
-curves, run.curves = run.curves, lambda *_: b"a picture"  # drawing takes a third of a short run; test_run.py tests it
+DRAWN = {name: getattr(plots, name) for name in ("curves", "predictions", "replaced")}
+for name in DRAWN:  # drawing takes a third of a short run; test_plots.py tests it
+    setattr(plots, name, lambda *_: b"a picture")
 
 
 def here(name, *command, out):

@@ -110,6 +110,11 @@ def test_lora_evaluates_and_saves_the_merged_weights(tmp_path, monkeypatch):
         assert torch.allclose(seen[1][name], net[f"model.{name}"] + 2 * net[f"B.{i}"] @ net[f"A.{i}"], atol=1e-6)
         assert net[f"A.{i}"].shape[0] == 2 and net[f"B.{i}"].abs().max() > 0
     assert torch.equal(seen[1]["embedder.norm.bias"], net["model.embedder.norm.bias"])
+    before = result(folder)
+    (folder / "result.json").unlink()  # stopped after its last epoch
+    here("finetune", *options, "--resume", out=tmp_path)
+    assert all(result(folder)[name] == before[name] for name in ("test", "test_last"))
+    assert all(torch.equal(value, seen[1][name]) for name, value in seen[-2 if before["best_epoch"] < 2 else -1].items())
     with pytest.raises(cli.UserError, match="--checkpoint does not work with --mode lora"):
         here("finetune", *options, "--checkpoint", out=tmp_path / "checkpoint")
 

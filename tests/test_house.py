@@ -13,7 +13,7 @@ READERS = {f"tasks.{room}": {"cli", *ROOMS} for room in ("images", "signals", "f
 ALLOWED = {
     "cli": set(), **ROOMS, **READERS, "tasks.toys": {"cli", "tasks.files", *READERS},
     "backbones": {"cli"}, "common": {"cli", "backbones"}, "data": {"cli", *ROOMS, *READERS, "tasks.toys"},
-    "run": {"cli", "common", "data"},
+    "plots": set(), "run": {"cli", "common", "data", "plots"},
 }  # fmt: skip
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py")]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}

@@ -176,7 +176,8 @@ def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
     said, folder = uninterrupted
     assert "TOY DATA" in said and "k from 41" in said
     names = {path.name for path in folder.iterdir()}
-    assert names == {"args.json", "metrics.jsonl", "curves.png", "last.pt", "best.safetensors", "result.json"}
+    pictures = {"curves.png", "predictions.png", "patches.png"}
+    assert names == {"args.json", "metrics.jsonl", "last.pt", "best.safetensors", "result.json", *pictures}
     history, r = rows(folder), result(folder)
     assert history[-1]["loss"] < history[0]["loss"] and [row["k"] for row in history] == [41, 27, 13]
     assert [round(row["lambda"], 3) for row in history] == [1.0, round(27 / 41, 3), round(13 / 41, 3)]

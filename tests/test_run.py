@@ -1,6 +1,5 @@
 """What keeps a run: optimizer and schedule, random streams, files, resuming, a disk without room."""
 
-import io
 import json
 import sys
 import time
@@ -11,8 +10,7 @@ import numpy as np
 import pair
 import pytest
 import torch
-from helpers import NOISE, SHORT, curves, fork, here, result, rows, weights
-from PIL import Image
+from helpers import NOISE, SHORT, fork, here, result, rows, weights
 
 import backbones
 import cli
@@ -173,18 +171,6 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
     for _ in range(2):
         mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y // 2, 0.1, 1.0)
     assert counter.frame_count <= 4  # theta_0, theta* and theta_0 +- c v differ in what needs a gradient
-
-
-# ---- the picture of a run
-
-
-def test_the_curves_of_a_run_are_a_picture():
-    stage1 = [{"epoch": e, "distance": 1 / e, "seconds": 1.0} for e in (1, 2, 3)]
-    history = [{"epoch": e, "loss": 2 / e, "val": 1 / e, "lr": 0.1, "k": 3 - e, "seconds": 1.0} for e in (1, 2, 3)]
-    result = {"metric": "error", "test": 0.3, "test_last": 0.4, "best_epoch": 3}
-    with Image.open(io.BytesIO(curves("a run", stage1, history, result))) as picture:
-        drawn = np.asarray(picture.convert("L"))
-    assert drawn.shape[0] > 200 and drawn.shape[1] > 500 and (drawn < 128).mean() > 0.005
 
 
 # ---- killed, resumed, continued

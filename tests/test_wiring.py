@@ -111,7 +111,6 @@ def recorded(method, backbone, folder, *options, pretend=()):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TOY_TEST", 40)
-        patch.setattr(run, "curves", lambda *_: b"")
         spy(patch, data.Split, "plan", plan)
         spy(patch, common, "load_source", source)
         patch.setattr(run.Run, "distribute", distribute)

@@ -304,7 +304,10 @@ MUTATIONS = {
          'if not trains("frozen", name) and p.ndim == 2 and "mlp" not in name}', LORA),
         ("lora without --alpha", "LoRA(model, args.rank, args.alpha)", "LoRA(model, args.rank, 16.0)", MERGED),
         ("lora without --rank", "LoRA(model, args.rank, args.alpha)", "LoRA(model, 8, args.alpha)", MERGED),
-        ("lora saves W_0", "lora.model.state_dict() | lora.merged()", "lora.model.state_dict()", MERGED),
+        ("lora saves W_0", "self.model.state_dict() | self.merged()", "self.model.state_dict()", MERGED),
+        ("a resumed lora tests W_0", """no epoch left
+        lora.merge_into(model)""", """no epoch left
+        pass""", MERGED),
         ("as released not truncated", '"truncated" if args.as_released else', "", "test_naive_as_released_starts_truncated"),
         ("--init ignored", "else args.init  # finetune", 'else "copy"  # finetune', PARTS),
         (*DROPOUT, NAIVE),
