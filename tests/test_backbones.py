@@ -29,6 +29,7 @@ def test_copied_embedder_and_encoder_are_the_pretrained_swin(swin):
     assert features.shape == (2, 16, swin.feature_width) == (2, 16, 128)
 
 
+@pytest.mark.matrix
 def test_swin_base_has_the_papers_shapes():
     source = common.load_source("random:swin_base")
     assert (source.token_width, source.feature_width, source.size) == (128, 1024, 224)
@@ -182,6 +183,7 @@ def test_random_weights_and_scratch(roberta):
         assert not torch.equal(names[name], roberta.encoder.get_parameter(name))
 
 
+@pytest.mark.matrix
 def test_roberta_base_has_the_papers_shapes_and_needs_no_network():
     source = common.load_source("random:roberta_base")
     assert (source.token_width, source.feature_width, source.positions) == (768, 768, 512)

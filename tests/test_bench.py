@@ -14,6 +14,7 @@ def test_the_operator_that_the_bench_compares_with_makes_the_same_hard_choice():
         assert torch.equal(bench.n_softmaxes(scores, k).round(), bench.OPERATORS["threshold (ours)"](scores, k))
 
 
+@pytest.mark.matrix
 def test_every_rung_of_the_bench_takes_a_step_and_two_passes_equal_the_stacked_one():
     device, ends, counts = torch.device("cpu"), [], []
     for method, ladder in (("pare", bench.LADDER), ("mona", ("finite difference",)), ("finetune", ())):

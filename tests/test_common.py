@@ -127,6 +127,7 @@ def test_2d_fields_are_pixels_of_the_tokens_averaged(out):
     assert np.allclose(predictor(features).detach().numpy(), picture.reshape(2, *out), atol=1e-5)
 
 
+@pytest.mark.matrix
 def test_swin_base_predicts_fields_as_the_papers_do():
     source = common.load_source("random:swin_base")
     predictor = common.make_predictor((512, 512), "field", source, None)

@@ -203,6 +203,7 @@ def few(monkeypatch):
         monkeypatch.setitem(pde.SETS, name, data.replace(of, samples=(3, 1) if name == "darcy" else (12, 4)))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", pde.SETS)
 def test_full_scale_simulates_the_benchmarks_shapes(name, few, tmp_path, capsys):
     loaded = data.load(name, tmp_path / "none", tmp_path / "cache", "full")

@@ -215,6 +215,7 @@ def test_budget_shows_how_far_training_has_levelled_off(use, runs, capsys):
     assert [len(names) for names in found.values()] == [2] and f"| {min(val):.4f} | {1 - min(val) / min(val[:2]):.0%} |" in line
 
 
+@pytest.mark.matrix
 def test_the_other_pictures_can_be_drawn(use, runs, monkeypatch, capsys):
     monkeypatch.setitem(figures.COMMANDS, "landscape", (2, 2, functools.partial(figures.landscape, side=3, n=8)))
     left, right = use("landscape", runs / PARE, runs / NAIVE)

@@ -106,7 +106,12 @@ def everything(name, folder, cache):
             yield split.inputs(index), split.targets(index)
 
 
-@pytest.mark.parametrize("number, name", list(enumerate(WRITERS)))
+LARGE = [pytest.mark.matrix]  # these write fields of the official size
+
+
+@pytest.mark.parametrize(
+    "number, name", [pytest.param(i, n, marks=LARGE if n in ("psicov", "darcy") else ()) for i, n in enumerate(WRITERS)]
+)
 def test_a_damaged_file_is_read_or_named(tmp_path, capsys, number, name):
     folder, rng = tmp_path / "data", np.random.default_rng(number)
     folder.mkdir()

@@ -393,6 +393,7 @@ def test_lsg_trains_with_a_frozen_gcn_and_resumes(script, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in weights(folder).items())
 
 
+@pytest.mark.matrix
 def test_the_controls_and_the_released_version_run(tmp_path):
     last = {}
     short = ["--task", "cifar100", *SHORT[2:-1], 1, "--gcn-steps", 30]

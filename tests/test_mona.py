@@ -172,7 +172,7 @@ def test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder(tmp_path):
         assert torch.allclose(value, model.state_dict()[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("gradient", ["finite-difference", "exact"])
+@pytest.mark.parametrize("gradient", ["finite-difference", pytest.param("exact", marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("predictor", ["trained", "frozen"])
 def test_stage_1_trains_what_it_says(tmp_path, gradient, predictor):
     model, before, history, *_ = stage_1(tmp_path, gradient=gradient, predictor=predictor)

@@ -279,6 +279,7 @@ def riemann(left, right, xi, g=5 / 3):
     return rho, pressure, np.select(conditions, [0, 2 / (g + 1) * (c_l + xi), v, v], 0)
 
 
+@pytest.mark.matrix
 def test_sods_shock_tube_converges_to_the_exact_solution_as_the_viscosity_vanishes():
     t, errors = 0.2, []
     for n in (256, 512, 1024):
@@ -402,6 +403,7 @@ def plane_water(h, t, width):
     return q[0]
 
 
+@pytest.mark.matrix
 def test_the_round_dam_break_equals_a_solution_in_the_plane():
     x, y = (part[0].numpy() for part in pde.shallow_water2d(np.random.default_rng(2), 1, 64, "cpu", False, False))
     errors = []
@@ -508,7 +510,10 @@ def later(name, test, released, n=None):
     return x, y
 
 
-@pytest.mark.parametrize("name", pde.SETS)
+SLOW = ("shallow_water2d", "navier_stokes1d")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.matrix if n in SLOW else ()) for n in pde.SETS])
 def test_released_targets_differ_where_and_only_where_the_benchmark_is_wrong(name):
     same_draws, test_draws = (later(name, False, False), later(name, True, False))
     assert not np.array_equal(same_draws[0], test_draws[0]) and np.allclose(later(name, False, False)[1], same_draws[1], 1e-5)

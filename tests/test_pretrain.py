@@ -44,6 +44,7 @@ def stop_at(patch, call):
     patch.setattr(pretrain.F, "cross_entropy", stops)
 
 
+@pytest.mark.matrix
 def test_pretraining_images_goes_on_after_a_stop(pictures, tmp_path, monkeypatch):
     options = dict(data_dir=str(pictures), size=16, window=2, width=32, depths=(1, 1), epochs=3, batch_size=200, compile=False)
     pretrain.images(pretrain.Images(out=str(tmp_path / "whole"), **options))

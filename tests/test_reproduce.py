@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ended, fork
 from safetensors.torch import load_file
 
 import data
@@ -58,10 +59,11 @@ def test_the_profile_compares_with_the_best_on_each_task(tmp_path):
     assert (tmp_path / "profile.png").stat().st_size > 5000
 
 
-def test_a_variant_differs_from_its_method_in_what_it_says(script, tmp_path):
-    few = ["--tasks", "cifar100", "--n-train", 32, "--options=--epochs 1 --batch-size 16", "--seeds", 1]
-    variants = ["pare-highest", "pare-frozen-gate", "orca-freeze-embedder", "naive-test"]
-    script("tools/reproduce.py", "--methods", "pare", *variants, *few, out=tmp_path)
+def test_a_variant_differs_from_its_method_in_what_it_says(tmp_path):
+    few = "--task cifar100 --scale tiny --n-train 32 --epochs 1 --batch-size 16 --data-dir none --out-dir".split()
+    for variant in ("pare", "pare-highest", "pare-frozen-gate", "orca-freeze-embedder", "naive-test"):
+        out = reproduce.folder(tmp_path, variant)
+        ended(fork(reproduce.train, variant, [*few, str(out)]))  # its patch changes the module
     last = lambda variant, name: torch.load(tmp_path / variant / f"cifar100-{name}-tiny-swin-s0-toy/last.pt")
     plain, highest, frozen = last("", "pare"), last("pare-highest", "pare"), last("pare-frozen-gate", "pare")
     assert not torch.equal(plain["net"]["predictor_s.linear.weight"], highest["net"]["predictor_s.linear.weight"])

@@ -33,11 +33,16 @@ def free_port():
         return free.getsockname()[1]
 
 
+RARE = ("orca", "contrast", "finetune")  # their sums over processes are those of the others
+EACH = [pytest.param(method, marks=pytest.mark.matrix if method in RARE else ()) for method in METHODS]
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, request):
     """A folder with what two processes make of several commands: a folder for each."""
-    out = tmp_path_factory.mktemp("two")
-    commands = {method: [f"{method}.py", *SGD, "--clip", 0, *FIRST.get(method, ())] for method in METHODS}
+    out, asked = tmp_path_factory.mktemp("two"), " ".join(item.name for item in request.session.items)
+    methods = [method for method in METHODS if f"give_the_weights_of_one[{method}]" in asked or "test_torchrun" in asked]
+    commands = {method: [f"{method}.py", *SGD, "--clip", 0, *FIRST.get(method, ())] for method in methods}
     commands |= {"unused": ["pare.py", *UNUSED], "warmup": ["finetune.py", *WARMUP]}
     commands = [[*map(str, command), "--data-dir", "none", "--out-dir", str(out / name)] for name, command in commands.items()]
     (out / "commands.json").write_text(json.dumps(commands))
@@ -68,7 +73,7 @@ def test_both_first_stages_and_their_gradients_are_those_of_one_process(two):
     assert torch.equal(everything, 2 * x) and torch.allclose(slope, 24 * w * x**2) and torch.allclose(curvature, 48 * w**2 * x)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH)
 def test_two_processes_and_accumulation_give_the_weights_of_one(two, tmp_path, method):
     name = f"spherical-{'naive' if method == 'finetune' else method}-tiny-swin-s0-toy"
     options = [*SGD, "--clip", 0, *FIRST.get(method, ())]
@@ -140,6 +145,7 @@ def enter(name):
         assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
+@pytest.mark.matrix
 def test_two_nodes_give_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable0")
     options = [*SGD, "--n-train", 64, "--epochs", 2, "--meta-epochs", 1]

@@ -152,6 +152,7 @@ class Sparse:
         return getattr(self.file, name)
 
 
+@pytest.mark.matrix
 def test_deepsea_of_the_official_size_needs_less_than_3_gb(tmp_path):
     sparse = Sparse(tmp_path / "deepsea_filtered.npz")
     with zipfile.ZipFile(sparse, "w") as archive:

@@ -10,8 +10,10 @@ from official import RNG
 import data
 from tasks import toys
 
+TASKS = [pytest.param(name, marks=pytest.mark.matrix if name == "psicov" else ()) for name in (*data.TASKS, "openml31")]
 
-@pytest.mark.parametrize("name", [*data.TASKS, "openml31"])
+
+@pytest.mark.parametrize("name", TASKS)
 def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys, monkeypatch):
     n = 9 if name in ("psicov", "deepsea", "fsd50k") else 40  # large samples
     monkeypatch.setattr(data, "TOY_TEST", 16)

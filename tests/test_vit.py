@@ -164,7 +164,10 @@ OPTIONS = {"pare": ["--k-begin", 0.5], "orca": ["--embedder-epochs", 1, "--sourc
            "contrast": ["--contrast-epochs", 1], "lsg": ["--gcn-steps", 10]}  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+FEW = ("pare", "contrast")  # the others differ in what does not see the backbone
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in FEW else pytest.mark.matrix) for m in METHODS])
 def test_every_method_trains_a_vit_and_resumes(method, backbone, tmp_path, monkeypatch):
     options, end_epoch = [*short(backbone), *OPTIONS.get(method, [])], run.Run.end_epoch
 
