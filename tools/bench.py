@@ -136,7 +136,12 @@ def one_step(operator):
 
 
 def new_processes():
-    """A context for processes that begin with the libraries imported, and nothing else of this one."""
+    """A context for processes that begin with the libraries imported, and nothing else of this one.
+
+    Without a GPU, a copy of this process will do: it computes nothing before it has started the last one.
+    """
+    if not torch.cuda.is_available() and "fork" in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     context.set_forkserver_preload(("torch", "timm", "transformers", "matplotlib.pyplot", "tyro", "ot"))
     return context
@@ -269,13 +274,12 @@ def distance(args):
         "| source samples | width | distance | seconds | times faster | value | against exact | gradient: cosine with exact |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    context = new_processes()
-    for n, D in itertools.product(args.samples, (128, 768)):
-        results = {name: [] for name in DISTANCES}
-        for _ in range(args.rounds):
-            for name in DISTANCES:
-                with context.Pool(1) as pool:
-                    results[name].append(pool.apply(one_distance, (name, n, D)))
+    context, sizes = new_processes(), list(itertools.product(args.samples, (128, 768)))
+    measured = {size: {name: [] for name in DISTANCES} for size in sizes}
+    for (n, D), _, name in itertools.product(sizes, range(args.rounds), DISTANCES):
+        with context.Pool(1) as pool:
+            measured[n, D][name].append(pool.apply(one_distance, (name, n, D)))
+    for (n, D), results in measured.items():
         x_s, y_s, x_t, y_t = clouds(n, D, "cpu")
         exact = {}  # inner -> value, gradient. With one target class, constant label distances have the gradient of "none"
         for inner in ("exact", "none"):

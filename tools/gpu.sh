@@ -42,18 +42,18 @@ where=$(python -c "import torch; print(torch.cuda.get_device_name() if torch.cud
 [[ $device == cuda && $where == cpu ]] && { echo "gpu.sh: no GPU is available. To try the script: --device cpu --smallest" >&2 && exit 2; }
 
 bench="tools/bench.py --device $device"
-full="--scale full" few="--rounds 1" run="--scale full --n-train 5000 --accumulate 1 --epochs 4 --steps-per-epoch 50"
+tests=(-n 0) full="--scale full" few="--rounds 1" run="--scale full --n-train 5000 --accumulate 1 --epochs 4 --steps-per-epoch 50"
 swin="--backbone random:swin_base" samples="1000 5000" meta="--backbone random:swin_base --batch-size 16"
 pretrain="--size 64 --width 96 --depths 2 2 6 --window 4 --epochs 60 --batch-size 512"
 if [[ -n $smallest ]]; then
-  full="--scale tiny --steps 1 --batch-size 4 --workers 1" samples="100" meta="--batch-size 2" swin="--backbone tiny-swin"
+  tests=(-n 2 --dist load -k "not resumes or pare") full="--scale tiny --steps 1 --batch-size 4 --workers 1" samples="100" meta="--batch-size 2" swin="--backbone tiny-swin"
   few="--rounds 1 --changes none" run="--scale tiny --n-train 64 --epochs 1 --steps-per-epoch 2"
   pretrain="--size 16 --width 32 --depths 1 1 --window 2 --epochs 1 --batch-size 100 --n-train 1000 --no-compile"
 fi
 
 steps=() # NAME MINUTES COMMAND
 step() { steps+=("$(printf '%q ' "$@")"); } # quoted: folders may have spaces in their names
-step tests 4 -m pytest -n 0 -m cuda tests/test_cuda.py
+step tests 4 -m pytest "${tests[@]}" -m cuda tests/test_cuda.py
 for method in finetune pare mona orca; do step "step-$method" 6 $bench step $full $few --methods $method; done
 for what in "topk" "distance --samples $samples" "meta $meta"; do step "${what%% *}" 3 $bench $what --rounds 1; done
 for method in pare mona; do step "profile-$method" 3 $bench profile $full --methods $method; done
