@@ -40,7 +40,7 @@ import cli
 import common
 import data
 from pare import Gate, replace_patches, schedule
-from run import LOG_EVERY, Run, average_gradients, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
+from run import LOG_EVERY, Run, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything, take_step
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         start, (order, _) = time.perf_counter(), train.plan(n // size, size, args.seed, epoch, stage=1)
         for index in order.to(y.device):
             twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)
-            loss_of(embed_all(noised, train, twice), twice).backward(inputs=parameters)  # line 4: none for the encoder
-            average_gradients(parameters)
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(optimizer, parameters, loss_of(embed_all(noised, train, twice), twice))  # line 4
         measure(start)
     return rows
 

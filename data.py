@@ -78,6 +78,7 @@ class Task:
     of_statistics: Callable | None = None  # statistics -> what of the task they change; `read` returns that, too
     prepare: Callable | None = None  # (where, x of new samples, checked here) -> x as `read` returns it, by the statistics
     restore: Callable | None = None  # predicted fields -> as the files have them; of a mask: its probabilities
+    normalised: bool = False  # y are normalised, as predictions are: `restore` is for both
     pixels: bool = False  # x are images in uint8
 
     def __post_init__(self):
@@ -119,7 +120,7 @@ def pdebench(name, about, shape, output, loss=scores.nrmse, tokens=512, y_test=N
         name, about, shape, "field", output, read, None, ((name,),), RECIPES[name],
         loss=loss, score=scores.score_of(scores.nrmse), metric="nRMSE", tokens=tokens,
         simulate=functools.partial(fields.simulate, name, finish, tokens=tokens),
-        of_statistics=fields.of_normalised_training,
+        of_statistics=fields.of_normalised_training, normalised=normalise,
         read_released=functools.partial(read, y_test=y_test) if y_test else None,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ class Args(cli.Args):
     align_weight: float = 1.0
     """w_a. With --align-weight 0 --regularise-weight 0: naive fine-tuning"""
     regularise_weight: float | None = None
-    """w_r. Default: 8 (full, official), 0.5 (tiny, where 8 leaves the loss of the task little of a clipped gradient)"""
+    """w_r. Default: 8 (full, official), 0.5 (tiny: docs/results.md)"""
     edge_ratio: float = 0.003
     """r, of line 2"""
     gcn_steps: int | None = None

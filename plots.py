@@ -54,7 +54,7 @@ def predictions(title, task, x, out, y):
     """Of the test set: the confusion matrix of classes, or the first fields. x (SHOWN, ...); out and y: of all samples."""
     if task.target == "class":
         return confusion(title, out, y, task.names if isinstance(task.names, tuple) else None)
-    return fields(title, x, out, y)
+    return fields(title, x, out if task.normalised or not task.restore else task.restore(out), y)  # both in one unit
 
 
 def displayed(x):

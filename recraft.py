@@ -41,7 +41,7 @@ from torch import nn
 import cli
 import common
 import data
-from run import LOG_EVERY, Run, average_gradients, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything
+from run import LOG_EVERY, Run, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything, take_step
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,6 @@ def released_groups(y_t, args, generator):
         groups = members[torch.randperm(len(members), generator=generator)].split(args.label_samples)
         batches = -(-len(members) // args.batch_size)
         yield from ((g, len(members) / len(y_t) * len(g) / batches) for g in groups if 2 * len(g) >= args.label_samples)
-
-
-def take_step(optimizer, parameters, loss):
-    """One step on `parameters`, and nothing else, along the gradient of a loss on samples of all processes."""
-    loss.backward(inputs=parameters)  # the encoder's weights get none
-    average_gradients(parameters)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter):

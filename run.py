@@ -113,6 +113,14 @@ def average_gradients(parameters):
         parameter.grad = gradient
 
 
+def take_step(optimizer, parameters, loss):
+    """One step on `parameters`, and nothing else, along the gradient of a loss on samples of all processes."""
+    loss.backward(inputs=parameters)  # weights that the loss passes through get none
+    average_gradients(parameters)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def embed_all(embedder, split, index, chunk=128):
     """Samples `index` of a data.Split as one vector each, the mean over their tokens, with a gradient: (m,) -> (m, D)
 

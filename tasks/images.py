@@ -24,7 +24,7 @@ from tasks.files import (
     save_array,
     text_list,
     unpickle_entries,
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images with a class

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers import DRAWN, here
 from PIL import Image
 
 import data
 import plots
+from tasks import scores
 
 RNG = np.random.default_rng(0)
 
@@ -41,7 +43,7 @@ def test_the_confusion_matrix_has_true_classes_in_rows():
 @pytest.mark.parametrize("shape, out", [((3, 16, 16), (20, 20)), ((1, 16, 16), (2, 16, 16)), ((2, 40), (1, 20))], ids=str)
 def test_fields_show_their_errors(shape, out):
     x, y = RNG.normal(size=(1, *shape)), RNG.normal(size=(1, *out))
-    task = SimpleNamespace(target="field")
+    task = SimpleNamespace(target="field", restore=None, normalised=False)
     right, wrong = (pixels(DRAWN["predictions"]("a run", task, x, y + shift, y)) for shift in (0, RNG.normal(size=y.shape)))
     assert right.shape == wrong.shape and (right != wrong).any()
     if len(shape) == 3:  # no error is white: less colour in the last column
@@ -73,3 +75,14 @@ def test_a_run_leaves_its_pictures(tmp_path, monkeypatch):
     assert {path.name for path in contrast.glob("*.png")} == {"curves.png", "predictions.png", "patches.png"}
     assert {path.name for path in finetune.glob("*.png")} == {"curves.png"}  # of labels there is none
     assert all(pixels(path.read_bytes()).std() > 5 for path in contrast.glob("*.png"))
+
+
+@pytest.mark.parametrize("task, error", [("darcy", scores.relative_l2), ("navier_stokes1d", scores.nrmse)])
+def test_fields_and_predictions_are_drawn_in_one_unit(task, error, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "predictions", DRAWN["predictions"])
+    monkeypatch.setattr(plots, "fields", lambda title, x, out, y: drawn.extend((out, y)) or b"a picture")
+    few = ["--scale", "tiny", "--n-train", 16, "--batch-size", 8, "--epochs", 1]
+    found = here("finetune", "--task", task, *few, out=tmp_path)
+    out, y = (torch.from_numpy(part) for part in drawn)
+    assert error(out, y).item() == pytest.approx(found["test"], rel=1e-4)

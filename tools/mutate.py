@@ -262,6 +262,16 @@ MUTATIONS = {
         (*INIT, "test_lsg_passes_its_options_on"),
         (*DROPOUT, LSG),
     ],
+    "plots.py": [
+        ("predictions in other units than targets", "out if task.normalised or not task.restore else task.restore(out)", "out",
+         "test_fields_and_predictions_are_drawn_in_one_unit"),
+        ("normalised targets against restored predictions", "task.normalised or not task.restore", "not task.restore",
+         "test_fields_and_predictions_are_drawn_in_one_unit"),
+        ("predicted classes in rows", "np.add.at(counts, (y, out.argmax(1)), 1)", "np.add.at(counts, (out.argmax(1), y), 1)",
+         "test_the_confusion_matrix_has_true_classes_in_rows"),
+        ("the highest-scored patches are coloured", 'order = score.argsort(kind="stable")',
+         'order = (-score).argsort(kind="stable")[:-4]', "test_the_lowest_scored_patches_are_coloured"),
+    ],
     "mona.py": [
         ("source tokens of the target embedder", "tokens_s = source.embedder(x_s)", "tokens_s = model.embedder(x_s)", MONA),
         ("--meta-lr ignored", "lr=args.meta_lr or lr", "lr=lr", MONA),
