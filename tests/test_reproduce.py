@@ -1,6 +1,7 @@
 """tools/reproduce.py, its variants and references: what it runs, skips, compares and prints."""
 
 import csv
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -92,6 +93,35 @@ def test_a_class_that_training_lacks_does_not_shift_the_others():
     split = lambda y: SimpleNamespace(inputs=lambda _: torch.nn.functional.one_hot(y, 5).float()[:, None], y=y, classes=5)
     out = references.logistic(SimpleNamespace(train=split(y), test=split(y_test)), 0)
     assert out.shape == (20, 5) and ((out.argmax(1) != y_test) == (y_test == 1)).all()
+
+
+@pytest.mark.matrix
+def test_the_convnet_learns_and_repeats(tmp_path):
+    loaded = data.load("cifar100", tmp_path, tmp_path, "tiny", 64, 0)  # toy images
+    seen = dataclasses.replace(loaded, test=loaded.train)
+    first, again = (references.convnet(seen, 0) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (64, 9)
+    assert (first.argmax(1) != loaded.train.y).float().mean() < 0.1  # of its training samples; chance: 0.89
+    for other in ("satellite", "darcy"):
+        assert references.refer("convnet", SimpleNamespace(task=data.find_task(other), test=loaded.test), 0) is None
+
+
+@pytest.mark.parametrize("space", [(32,), (32, 24)])
+def test_the_layer_of_the_fourier_operator_keeps_the_lowest_frequencies(space):
+    torch.manual_seed(0)
+    net, v = references.Fourier(SimpleNamespace(shape=(1, *space), output=space), width=4, modes=3, layers=1), []
+    net.lift.register_forward_hook(lambda _, __, out: v.append(out))
+    net.project.register_forward_pre_hook(lambda _, inputs: v.append(inputs[0]))
+    with torch.no_grad():
+        identity = torch.stack([torch.eye(4), torch.zeros(4, 4)], -1)  # of complex numbers
+        net.R.copy_(identity.view(1, 4, 4, *[1] * len(space), 2))
+        for p in net.W.parameters():
+            p.zero_()
+        out = net(torch.randn(2, 1, *space))
+    keep, axes = torch.zeros(space), tuple(range(2, 2 + len(space)))
+    keep[(*[[-3, -2, -1, 0, 1, 2]] * (len(space) - 1), slice(3))] = 1  # k = 0, 1, 2 of the last axis, both signs of the first
+    low = torch.fft.ifftn(torch.fft.fftn(v[0], dim=axes) * keep, dim=axes).real
+    assert torch.allclose(v[1], v[0] + torch.nn.functional.gelu(low), atol=1e-5) and out.shape == (2, *space)
 
 
 def test_a_reference_is_scored_like_a_method(script, tmp_path):

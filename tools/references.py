@@ -1,6 +1,7 @@
 """Reference models on the same splits as the methods, to put their errors into perspective; run by tools/reproduce.py.
 
 boosting, logistic    scikit-learn models on the raw values: tasks with classes
+convnet               a small convolutional network from scratch: images with classes
 mean, input           predict the mean of the training targets, or the input: fields
 fourier               a small Fourier neural operator: fields
 """
@@ -13,6 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+
+import cli
+import data
+from run import make_optimizer, make_schedule, seed_everything
 
 
 class Fourier(nn.Module):
@@ -69,6 +74,33 @@ def fourier(loaded, seed, epochs=10, batch_size=10):
         return torch.cat([net(test.inputs(part)) for part in torch.arange(len(test)).split(batch_size)])
 
 
+def convnet(loaded, seed):
+    """Five convolutions with batch norm, from scratch; optimizer, rate, schedule, clipping and steps are those of the methods.
+
+    Takes about as long as naive fine-tuning of tiny-swin. Returns: logits for the test set (n, K).
+    """
+    seed_everything("initial weights", seed)
+    args = data.complete(cli.Args(task=loaded.task.name, scale="tiny"), "finetune", "tiny")
+    train, test, layers, width = loaded.train, loaded.test, [], loaded.train.shape[0]
+    for out, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+        layers += [nn.Conv2d(width, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        width = out
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, train.classes)
+    net = nn.Sequential(*layers, *head)  # (B, C, H, W) -> (B, K)
+    optimizer, steps = make_optimizer(net, args), train.batches_in_epoch(args)
+    schedule = make_schedule(optimizer, args, steps)
+    for epoch in range(args.epochs):
+        for x, y in train.batches(steps, args.batch_size, seed, epoch):
+            loaded.task.loss(net(x), y).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    net.eval()
+    with torch.no_grad():
+        return torch.cat([net(test.inputs(part)) for part in torch.arange(len(test)).split(256)])
+
+
 def mean(loaded, seed):
     """The mean of the training targets for every test sample."""
     zero_is_mean = loaded.task.name == "darcy"  # its score adds the mean
@@ -97,16 +129,16 @@ def logistic(loaded, seed):
     return classifier(make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)), loaded)
 
 
-# name: (kind of target, (loaded, seed) -> predictions for the test set)
+# name: (kind of target, modality or any, (loaded, seed) -> predictions for the test set)
 REFERENCES = {
-    "boosting": ("class", boosting), "logistic": ("class", logistic),
-    "mean": ("field", mean), "input": ("field", same), "fourier": ("field", fourier),
+    "boosting": ("class", "", boosting), "logistic": ("class", "", logistic), "convnet": ("class", "2d", convnet),
+    "mean": ("field", "", mean), "input": ("field", "", same), "fourier": ("field", "", fourier),
 }  # fmt: skip
 
 
 def refer(name, loaded, seed):
     """Test error of a reference by the task's metric; None if the reference does not fit the task."""
-    target, predict = REFERENCES[name]
-    if loaded.task.target != target or loaded.test.lazy:
+    target, modality, predict = REFERENCES[name]
+    if loaded.task.target != target or modality not in ("", loaded.task.modality) or loaded.test.lazy:
         return None
     return float(loaded.task.score(predict(loaded, seed).numpy(), loaded.test.y.numpy()))

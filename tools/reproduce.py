@@ -70,7 +70,8 @@ class Args:
     """tasks; `python data.py` lists them"""
     methods: tuple[str, ...] = ("pare", "orca", "mona", "recraft", "contrast", "naive", "warmup", "frozen", "scratch")
     """method files and modes: pare orca mona recraft contrast naive warmup frozen lora norms probe scratch, and lsg where
-    classes have names; variants: tools/variants.py; references: boosting logistic (classes), mean input fourier (fields)"""
+    classes have names; variants: tools/variants.py; references: boosting logistic (classes), convnet
+    (images with classes), mean input fourier (fields)"""
     seeds: int = 3
     """number of seeds, from seed 0. 0: only the tables of the finished runs"""
     n_train: int | None = None

@@ -25,3 +25,4 @@ run --tasks spherical burgers1d diffusion_reaction1d --seeds 3 --methods "${meth
 run --tasks shallow_water2d --seeds 3 --methods "${methods[@]}" "${voc[@]}"
 run --tasks advection1d --seeds 3 --methods mean input fourier
 run --tasks satellite --seeds 3 --methods boosting logistic
+run --tasks cifar100 spherical --seeds 3 --methods convnet
