@@ -49,8 +49,9 @@ def watch_attention(encoder, tokens, modules, attention):
     hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad():
-            encoder.eval().forward(tokens)  # not encoder(tokens): a compiled one would pass its hooks by
+            encoder.eval().forward(tokens)  # not encoder(tokens): a compiled encoder would skip the hooks
     finally:
+        torch.clear_autocast_cache()  # torch before 2.10 reuses these casts, which have no gradient, in the pass that follows
         encoder.train(training)
         for handle in hooks:
             handle.remove()
@@ -85,7 +86,10 @@ class SwinEncoder(nn.Module):
         for block in self.blocks:
             (H, W), (h, w) = block.input_resolution, block.window_size
             if not hasattr(block.attn, "relative_position_bias_table") or H % h or W % w:
-                raise UserError("this backbone has no attention scores: give a ViT, or a Swin (not V2) with whole windows.")
+                raise UserError(
+                    "this backbone has no attention scores.\n"
+                    "Take --scores gate or random, or a ViT or Swin (not V2) with whole windows."
+                )
             shifted = torch.arange(H * W, device=tokens.device).view(H, W).roll([-s for s in block.shift_size], (0, 1))
             windows = shifted.view(H // h, h, W // w, w).transpose(1, 2)  # (H / h, W / w, h, w)
             indices.append(windows.reshape(-1, h * w))  # (W, T)
@@ -105,7 +109,8 @@ class VitEncoder(nn.Module):
     """The blocks of a ViT and its last LayerNorm: (B, N, D) -> (B, N, F), F = D; in CLIP's, another LayerNorm comes first.
 
     The tokens that are no patches (class, distillation, registers: P in all, a SigLIP has none) stay inside: they are put in
-    front, and dropped at the end. What timm has behind the last LayerNorm is not used: pooling, `fc_norm`, heads.
+    front, and dropped at the end. What timm has behind the last LayerNorm is not used: pooling, heads, and the `fc_norm` that
+    models with average pooling have in its place.
     """
 
     def __init__(self, vit):

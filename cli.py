@@ -1,6 +1,6 @@
 """The command line: the options that all methods share, the random streams of --seed, and how mistakes are reported.
 
-Imports nothing of ours, and no torch.
+Imports neither torch nor another module of this repository.
 """
 
 import errno
@@ -61,11 +61,12 @@ class Args:
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
-    """activation checkpointing, for small GPUs: recompute activations in the backward pass. Not in MoNA's stage 1"""
+    """activation checkpointing, for small GPUs: recompute activations in the backward pass. Not in first stages,
+    and not with finetune.py --mode lora"""
     steps_per_epoch: int | None = None
     """optimizer steps in an epoch. Default: one pass over the samples (full), as many as the kind of task needs (tiny)"""
     epochs: int | None = None
-    """rounds of training, each followed by validation. Default, as of the rest: the task's recipe (full: the published one)"""
+    """epochs of training, each followed by validation. Default, as of the options below: the task's recipe (full: published)"""
     n_train: int | None = None
     """training samples used; methods differ most when there are few"""
     batch_size: int | None = None
@@ -142,7 +143,7 @@ def reason(error):
 
 
 def guarded(main, *args):
-    """Call `main`; report a UserError, a folder that cannot be written, or a full disk in one or two lines, exit code 2."""
+    """Call `main`; report a UserError, a folder that cannot be written, a full disk or a full GPU in two lines, exit code 2."""
     try:
         return main(*args)
     except UserError as error:
@@ -150,6 +151,10 @@ def guarded(main, *args):
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped. Resume a training run with --resume.", file=sys.stderr)
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint."
     except (PermissionError, NotADirectoryError) as error:
         message = f"{error.filename}: {error.strerror}.\nGive a folder that you can write to."
     except OSError as error:

@@ -26,7 +26,7 @@ from cli import UserError
 
 
 def autocast_off(x):
-    """Switch autocast off: fields rounded to bf16, as inputs or outputs, are off by 2e-3, more than published errors."""
+    """Switch autocast off: fields rounded to bf16, as inputs or outputs, are off by 2e-3, as much as published errors."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -232,7 +232,7 @@ def make_predictor(output, target, source, embedder, pooling=False):
 
 
 def set_dropout(encoder, p):
-    """Dropout of every layer that has any; stochastic depth, which is none, stays. Returns the encoder."""
+    """Set the probability of every nn.Dropout; stochastic depth is not changed. Returns the encoder."""
     for module in encoder.modules():
         if isinstance(module, nn.Dropout):
             module.p = p

@@ -1,7 +1,7 @@
 """The slides' own proposal: a contrastive target embedder, then patches replaced by attention scores instead of a gate.
 
-Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", slides 43 to 46 (2024). Never published or implemented; its loss
-cannot be run as printed. This file is a well-posed reading of it, and `--as-printed` is the formula itself.
+Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", lecture slides 43 to 46 (2024). No publication and no code of it
+was found, and its loss cannot be run as printed. This file is a well-posed reading of it; `--as-printed` is the formula itself.
 
     stage 1, contrastive embedder, in each step:
     1  x' = a^t x + sqrt(1 - a^2t) eps,  a = sqrt(1 - sigma^2)       two noisy views of each sample, with random sigma and t
@@ -9,17 +9,17 @@ cannot be run as printed. This file is a well-posed reading of it, and `--as-pri
     3  L_i = mean over positives p of [ -s_ip / tau + log( sum_q exp(s_iq / tau) + sum_n lambda_in exp(s_in / tau) ) ]
        s = cos(z_i, z_j); positives p, q have the label of i, negatives n another one, less alike -> larger lambda_in
     4  step on the embedder alone along the gradient of the mean of L_i
-    stage 2, PaRe with other scores:
+    stage 2, PaRe with other scores; in epoch ep of EP: k = k0 (1 - ep / EP), lambda = k / k0 (not lambda_in of line 3):
     5  S = attention rollout: how much of the mean output token comes from each input token, of source and target samples
-    6  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s;  k falls as in PaRe
+    6  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s
     7  L = L(h_t(g(X_t)), y_t) + mix_weight [(1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)]
 
 The printed loss of a class Y is -log(N_Y / D_Y): N_Y sums cos(z_i, z_j) over the pairs inside Y, D_Y lambda_ij cos(z_i, z_j)
 over the pairs that begin in Y. Its four faults, each shown by a test:
 
     D_Y can be negative, since cosines have either sign: then the logarithm is undefined;
-    D_Y is 0 where one wants to go, at the simplex of K classes: the loss falls to -infinity, and is undefined behind it;
-    only sums over classes enter: perfect clusters and "every sample on its own axis" both give 0;
+    D_Y falls to 0 at the simplex of K classes, the optimum (lambda > 1: before it): the loss is -infinity, then undefined;
+    only sums over classes enter: orthogonal clusters and "every sample on its own axis" both give 0;
     lambda = 1 / (correlation of labels + eps): one-hot classes all correlate by -1/(K - 1), so lambda is one constant.
 
     python contrast.py --task spherical
@@ -48,11 +48,12 @@ class Args(cli.Args):
     """The options of the proposal; those that all methods share are in cli.Args."""
 
     contrast_epochs: int = 5
-    """passes over the training samples in stage 1; 0: none. With --k-begin 0 as well: naive fine-tuning"""
+    """passes over the training samples in stage 1; 0: none. With --k-begin 0 as well: naive fine-tuning, with PaRe's recipe"""
     contrast_samples: int = 128
-    """samples in a step of stage 1, two views of each"""
+    """samples in a step of stage 1, two views of each. 128 views pass the encoder at once: to save memory, give less than 64"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.4)
-    """scales of the noise of a view, relative to the standard deviation of each channel, drawn with equal chance"""
+    """scales of the noise of a view, drawn with equal chance, relative to the standard deviation of each channel (of at most
+    256 training samples)"""
     noise_steps: int = 2
     """T: the noise is added t times, t = 1 ... T with equal chance"""
     tau: float = 0.1
@@ -73,7 +74,7 @@ class Args(cli.Args):
     k_begin: float | None = None
     """k0 as a share of the N target tokens, as in PaRe"""
     k_end: float | None = None
-    """share that k falls to; 0"""
+    """share that k falls to. Default 0; with --as-released that of PaRe's official configuration"""
     ratio: Literal["k/k0", "k/N"] | None = None
     """lambda of line 7, as in PaRe"""
     mix_weight: float | None = None
@@ -174,7 +175,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     parameters, n, rows = list(embedder.parameters()), len(train), []
     fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))
     fixed = fixed[:MEASURED].to(y.device)  # (m,)
-    x = train.inputs(fixed[: train.chunk]).transpose(0, 1)  # (C, m, ...)
+    x = train.inputs(fixed[: train.chunk]).transpose(0, 1)  # (C, at most 256, ...)
     mean, std = (f(x.flatten(1), 1).view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))  # (C, 1, ...)
     noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
 
@@ -184,9 +185,12 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
             weights = label_weights(targets, y[index]) if args.label_weights == "targets" else None
             return contrastive_loss(z, y[index], weights, args.tau)  # line 3
         loss = printed_loss(z, y[index], correlation(targets))
-        if not loss.isfinite():
-            wrong = f"the printed loss is {loss.item()} in epoch {max(1, len(rows))} of stage 1: undefined for this batch."
-            raise cli.UserError(f"{wrong}\nThe formula is at fault (top of contrast.py): leave out --as-printed.")
+        if not loss.isfinite() and z.isfinite().all():
+            when = f"after epoch {max(0, len(rows) - 1)} of stage 1"
+            raise cli.UserError(
+                f"the printed loss is {loss.item()} {when}: undefined for these samples.\n"
+                "The formula is at fault (top of contrast.py): leave out --as-printed."
+            )
         return loss
 
     def measure(start):
@@ -202,7 +206,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": time.perf_counter() - start})
 
     measure(time.perf_counter())
-    lr, weight_decay = data.of_one_batch(args)
+    lr, weight_decay = data.of_one_batch(args, "contrast")
     lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
     optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
     size = min(args.contrast_samples, n)
@@ -267,7 +271,7 @@ def main(args):
     if args.compile:
         run.compile(model.encoder)
 
-    # ---- contrast: source predictor; stage 1, the embedder alone; scores of the source
+    # ---- contrast: source predictor; scores of the source; stage 1, the embedder alone
     shared = task.target == source_set.target == "field"  # as in PaRe
     predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
     net = Replacement(model, predictor_s, args.scores, source.token_width)
@@ -277,12 +281,17 @@ def main(args):
         raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
     net.to(device)
     source.embedder.to(device)
+    scores_s = None  # (n_s, N_s): of attention, by the pretrained encoder, once for each source sample
+    if args.scores in ("rollout", "received") and k0 > 0:
+        parts = torch.arange(len(source_set), device=device).split(64)
+        with run.autocast(), torch.no_grad():
+            scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])
+    x = train.inputs(torch.arange(min(64, len(train)), device=device))  # to look at
     if args.contrast_epochs > 0 and not run.restore_stage1(embedder=embedder):
         model.encoder.eval()
         deep = (args.features or ("embedder" if args.as_printed else "encoder")) == "encoder"
-        seen = train.inputs(torch.arange(min(64, len(train)), device=device))
-        if ((seen == 0) | (seen == 1)).all():
-            print("contrast the inputs are one-hot: Gaussian noise turns them into views that no sample looks like")
+        if x.shape[1] > 1 and ((x == 0) | (x == 1)).all():
+            print("contrast the inputs are one-hot. They are noised as others are: the views are not one-hot")
 
         def encode(x):
             with run.autocast():
@@ -293,13 +302,10 @@ def main(args):
         run.keep_stage1(rows, embedder=embedder)
         said = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
         print(f"contrast {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
-    scores_s = None  # (n_s, N_s): of attention, by the pretrained encoder, once for each source sample
-    if args.scores in ("rollout", "received") and k0 > 0:
-        parts = torch.arange(len(source_set), device=device).split(64)
+    if scores_s is not None:
         with run.autocast(), torch.no_grad():
-            scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])
-            scores_t = net.score(embedder(train.inputs(torch.arange(min(64, len(train)), device=device))))
-        vary = [(s.std(1) / s.mean(1)).mean().item() for s in (scores_t, scores_s)]  # coefficients of variation
+            both = net.score(embedder(x)), scores_s
+        vary = [(s.std(1, correction=0) / s.mean(1)).mean().item() for s in both]  # coefficients of variation
         print(f"contrast scores vary by {vary[0]:.0%} of their mean (target) and {vary[1]:.0%} (source)")
     print(f"contrast k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
     if args.freeze_embedder:

@@ -1,12 +1,12 @@
-"""The tasks and the one door to their data: TASKS, PROXIES (the sources), load, load_proxy.
+"""Task definitions and data loading: TASKS, PROXIES (the sources), load, load_proxy.
 
     python data.py                       the table of tasks, and what is present in --data-dir
     python data.py --prepare spherical   download what the task and its source need (checksum; resumes an interrupted download)
 
-How files are read, prepared and scored stands in tasks/. A run reads --data-dir and writes only under --out-dir. Where its
-data come from is never hidden (result.json, "data"): "official" the benchmark's own files; "simulated" made here by the
-benchmark's procedure (PDEs: solved by tasks/pde.py; spherical: real CIFAR-100 images, projected here); "sklearn"
-scikit-learn's copy of an OpenML table; "toy" a generated stand-in of the same shape, at the tiny scale only.
+tasks/ contains the readers, the augmentation, the losses and the metrics. A run reads --data-dir and writes only under
+--out-dir. Where its data come from is never hidden (result.json, "data"): "official" the benchmark's own files; "simulated"
+made here by the benchmark's procedure (PDEs: solved by tasks/pde.py; spherical: real CIFAR-100 images, projected here);
+"sklearn" scikit-learn's copy of an OpenML table; "toy" a generated stand-in of the same shape, at the tiny scale only.
 
 Shapes: n samples, B batch, C channels, H W L sizes, K classes. torch is imported where it is used, so that this file's command
 answers at once.
@@ -32,8 +32,7 @@ from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
-# What a task of one's own needs is here, too, so that it takes one import (README, "Your own data"): the command line, files
-# found and read, a toy.
+# Re-exported for user-defined tasks, which then need one import (README, "Your own data")
 __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "command_line", "find_task", "guarded",
            "kept", "load", "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav",
            "toy_signals"]  # fmt: skip
@@ -229,7 +228,7 @@ def openml_task(number):
     return Task(
         f"openml{number}", "a table", (1, 12), "class", (3,), functools.partial(read_openml, number=number),
         toys.table, (), recipes, score=scores.auroc_error, metric="1-AUROC", tokens=tokens, kind="tables",
-        names="the categories of its target are numbers or codes, not words",
+        names="the categories of its target are numbers, codes or shorter than three letters, not words",
         of_statistics=tables.of_training_rows,
     )  # fmt: skip
 
@@ -295,11 +294,16 @@ def complete(args, method, scale):
     return replace(args, **{name: getattr(recipe, name) for name in missing})
 
 
-def of_one_batch(args):
-    """Learning rate and weight decay of a first stage, which accumulates nothing: `published` rescaled them, this undoes it."""
+def of_one_batch(args, method):
+    """Learning rate and weight decay of a first stage, which accumulates nothing: `published` rescaled them, this undoes it.
+
+    By the recipe's `accumulate`: a user who halves the batch and accumulates twice as often changes nothing.
+    """
     if args.scale != "full" or args.optimizer == "adamw":
         return args.lr, args.weight_decay
-    return args.lr / (args.accumulate if args.optimizer == "sgd" else 1), args.weight_decay * args.accumulate
+    recipes = find_task(args.task).recipes
+    accumulate = recipes.get(method, recipes["orca"]).accumulate
+    return args.lr / (accumulate if args.optimizer == "sgd" else 1), args.weight_decay * accumulate
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,14 +8,16 @@ joined where they are similar. A graph convolutional network (GCN) learns to cla
 joins the graph as a neighbour of its own label, and the output of the GCN for it guides the encoder.
 
     stage 1:
-    1  t_cp = unit(mean over the tokens of name c of the text encoder's output for its prompt p)       T: n = K P nodes
-    2  A_ij = <t_i, t_j> if i and j have the same class, or are among the r n^2 most similar pairs of different classes; else 0
+    1  t_cp = unit(mean of the text encoder's outputs at the tokens of the name, in prompt p of class c)       T: n = K P nodes
+    2  A_ij = <t_i, t_j> if i and j have the same class, or if A_ij is one of the r n^2 largest between classes; else 0
     3  A^ = D^-1/2 A D^-1/2,  O = A^ LeakyReLU(A^ T W1) W2;  W1, W2 <- argmin L(O, class), then frozen
     stage 2:
-    4  h = H(mean over tokens of g(embedder(x))), H linear
-    5  A_a = [[A, P], [P^T, M]]: P = 1 where a sample has a node's class, M = 1 where samples share one or are one
-       G = LeakyReLU(A_a^ [T; h] W1),  O = A_a^ G W2;  g_i and o_i are the rows of sample i
-    6  L = L(predictor(g(embedder(x))), y) + w_a L(o, y) + w_r mean over i of |unit(h_i) - unit(g_i)|, g_i taken as constant
+    4  h = H(mean over tokens of encoder(embedder(x))), H linear
+    5  A_a = [[A, S], [S^T, M]]: S = 1 where a sample has the class of a node; M = 1 where two samples share a class, and on its
+       diagonal. G = LeakyReLU(A_a^ [T; h] W1),  O = A_a^ G W2;  g_i and o_i are the rows of sample i
+    6  L = L(model(x), y) + w_a L(o, y) + w_r mean over i of |unit(h_i) - unit(g_i)|, g_i taken as constant
+
+    K classes, P prompts for each, n nodes of width d (that of the text encoder), B samples
 
 Written out, line 5 says that all samples of a class have the same neighbours, hence the same g_i and o_i: the last term of
 line 6 pulls them all to one vector, which comes from the class's name. So the controls belong to the method: `--prototypes
@@ -106,7 +108,7 @@ def embed_prompts(source, prompts, device):
 
 
 def label_graph(t, ratio, released=False):
-    """Line 2: A (n, n) of the nodes T (n, d), P of each class in a row. Negative cosines are no edges.
+    """Line 2: A (n, n) of the nodes T (n, d), P of each class in a row. Negative cosines are no edges; r n^2 / 2 pairs are.
 
     released: row L1, what the official code has in stage 2: the r n^2 most similar of all pairs, of the same class or not.
     """
@@ -143,7 +145,7 @@ def label_nodes(loaded, args, device):
     if source.name == "tiny-roberta":
         print("LSG     tiny-roberta knows how names are spelt, hardly what they mean: for results, give a --text-encoder")
     prompts = tokenise(source, names, loaded.task.sample)
-    key = hashlib.sha256(f"{prompts} {args.edge_ratio} {source.name} {source.encoder}".encode())
+    key = hashlib.sha256(f"{prompts} {args.edge_ratio} {source.name} {source.encoder.architecture}".encode())
     for weight in (*source.embedder.parameters(), *source.encoder.parameters()):
         key.update(weight.detach().numpy())
 
@@ -166,9 +168,10 @@ class GCN(nn.Module):
 
 
 def train_gcn(gcn, t, A, task, args):
-    """Line 3: trains `gcn` on all nodes T (n, d) at once, with the loss of `task`. Returns ten rows of numbers.
+    """Line 3: trains `gcn` on all nodes T (n, d) at once, with the loss of `task`. Returns at most ten rows of numbers, whose
+    epoch is the step: each step sees all nodes.
 
-    As released: by SGD, and the rows of O are divided by their length before the loss, so that it cannot become small (L2).
+    As released: by SGD, and the rows of O are divided by their length before the loss, which then stays above a floor (L2).
     """
     spread = normalised(A).to_sparse()  # (n, n): A^
     near, number = spread @ t, torch.arange(len(t), device=t.device) // P  # (n, d): A^ T; (n,) class of a node
@@ -202,13 +205,13 @@ class LabelGraph(nn.Module):
 
     def forward(self, h, Y):
         """Features h (B, d) of samples with labels Y (B, K), 0 or 1 -> g (B, d), o (B, K)"""
-        by_class = lambda nodes: nodes.unflatten(0, (-1, P)).sum(1)  # (n, d) -> (K, d): Y by_class(t) is P^T t
+        by_class = lambda nodes: nodes.unflatten(0, (-1, P)).sum(1)  # (n, d) -> (K, d): Y by_class(t) is S^T t
         M = (Y @ Y.T + torch.eye(len(Y), device=Y.device) > 0).float()  # (B, B)
         root_t = (self.degree + Y.sum(0).repeat_interleave(P)[:, None]).rsqrt()  # (n, 1): D^-1/2 of the nodes ...
         root_i = (P * Y.sum(1, keepdim=True) + M.sum(1, keepdim=True)).rsqrt()  # (B, 1): ... and of the samples
         t, i = root_t * self.t, root_i * (h @ self.gcn.W1)  # (n, d), (B, d)
-        g_t = activation(root_t * (self.A @ t + (Y.T @ i).repeat_interleave(P, 0)))  # (n, d): A t + P i
-        g_i = activation(root_i * (Y @ by_class(t) + M @ i))  # (B, d): P^T t + M i
+        g_t = activation(root_t * (self.A @ t + (Y.T @ i).repeat_interleave(P, 0)))  # (n, d): A t + S i
+        g_i = activation(root_i * (Y @ by_class(t) + M @ i))  # (B, d): S^T t + M i
         o = root_i * (Y @ by_class(root_t * g_t) + M @ (root_i * g_i)) @ self.gcn.W2  # (B, K)
         return g_i, o
 

@@ -76,7 +76,7 @@ def confusion(title, out, y, names=None):
     figure, ((axis,),) = subplots(1, 1, 5.2, 4.4)
     image = axis.imshow(shares(out, y), cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    if names is not None and K <= 24:
+    if names and len(names) == K <= 24:
         axis.set_xticks(range(K), names, rotation=90, fontsize=7)
         axis.set_yticks(range(K), names, fontsize=7)
     figure.colorbar(image, ax=axis, label="share of the true class")
@@ -93,7 +93,7 @@ def fields(title, x, out, y):
         b, c = (part.reshape(-1, *part.shape[-(a.ndim - 1) :])[0] for part in (b, c))  # the first channel
         if a.ndim == 3:
             low, high = np.nanmin(c), np.nanmax(c)
-            row[0].imshow(displayed(a), cmap="viridis")
+            row[0].imshow(a[0], cmap="viridis")
             row[1].imshow(c, vmin=low, vmax=high)
             row[2].imshow(b, vmin=low, vmax=high)
             scale = np.nanmax(np.abs(b - c)) or 1

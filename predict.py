@@ -68,8 +68,9 @@ def predict(model, task, x, where="x", batch_size=32):
     samples = data.Lazy(len(x), lambda rows, u: x[rows])  # a batch at a time goes to the device
     split = data.Split(samples, np.zeros(len(x)), None, "official", task, device)
     for index in torch.arange(len(x)).split(min(split.chunk, batch_size)):
+        inputs = split.inputs(index)
         with autocast(device, precision):
-            out.append(model(split.inputs(index)).float().cpu())
+            out.append(model(inputs).float().cpu())
     out = torch.cat(out).numpy()  # (n, *output)
     finite = np.isfinite(out).reshape(len(out), -1).all(1)  # (n,)
     if not finite.all():

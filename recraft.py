@@ -3,8 +3,8 @@
 Tran et al., "Rethinking Cross-Modal Fine-Tuning: Optimizing the Interaction between Feature Alignment and Target Fitting",
 AISTATS 2026. Written after its abstract, its figure and its released code: the paper's equations could not be read.
 
-Bringing target features close to source features (ORCA) says nothing of labels: two target classes may land on one source
-class, and then no relabelling of what the source model predicts can tell them apart. RECRAFT also trains the embedder so that
+Bringing target features close to source features (ORCA) ignores labels. Two target classes may be mapped to one source class;
+relabelling the source model's predictions then cannot separate them. RECRAFT also trains the embedder so that
 the source model's own labels say as much as possible about the target's.
 
     stage 0:
@@ -25,7 +25,7 @@ predicted as one source class: `--distortion entropy`.
 
     python recraft.py --task spherical
 
-Released and published versions differ, and `--as-released` follows the code: docs/paper-vs-code.md, R1 to R12.
+Released and published versions differ: docs/paper-vs-code.md, R1 to R12. `--as-released` follows the code in R3 to R6 and R9.
 """
 
 import functools
@@ -48,8 +48,8 @@ from run import LOG_EVERY, Run, embed_all, make_optimizer, make_schedule, mean_l
 class Args(cli.Args):
     """The options of RECRAFT; those that all methods share are in cli.Args."""
 
-    align_epochs: int = 20
-    """steps of feature alignment; the official code: 60, on OpenML 20"""
+    align_epochs: int | None = None
+    """steps of feature alignment. Default: 60 (full, official), on OpenML tables and at the tiny scale 20"""
     label_epochs: int | None = None
     """epochs of feature-label distortion. With --align-epochs 0 --label-epochs 0: naive fine-tuning"""
     distortion: Literal["mutual", "entropy"] = "mutual"
@@ -61,8 +61,8 @@ class Args(cli.Args):
     """of feature-label distortion"""
     reg: float | None = None
     """entropic strength of OT. Default: 0.1 (full, official), for GPUs; 0 (tiny): a linear programme, faster on CPUs"""
-    align_samples: int = 128
-    """target samples in a step of feature alignment, drawn anew in each"""
+    align_samples: int | None = None
+    """target samples in a step of feature alignment, drawn anew in each. Default: 128; psicov and deepsea (full) 64"""
     label_samples: int | None = None
     """target samples in a step of feature-label distortion. Default: 128; as released, of one class: 16 to 32"""
     source_samples: int | None = None
@@ -80,25 +80,25 @@ def encode(encoder, autocast, embedder, split, index):
 
     def tokens(x):
         with autocast():
-            return encoder(embedder(x)).float()  # (B, M, F)
+            return encoder(embedder(x)).float()  # (B, n, F)
 
     return embed_all(tokens, split, index)
 
 
-def train_source_predictor(phi_s, y_s, args, text):
-    """Line 1: h_s, a linear layer on source features phi_s (n, F) with labels y_s (n,), by 300 steps on all of them.
+def train_source_predictor(features_s, y_s, args, text):
+    """Line 1: h_s, a linear layer on source features (n, F) with labels y_s (n,), by 300 steps on all of them.
 
     As released: 20 epochs in batches of 4. For text 30, with the softmax taken twice, which leaves h_s nearly flat (R9).
     """
     with torch.random.fork_rng(devices=[]):
         seed_everything("source predictor", args.seed)
-        h_s = nn.Linear(phi_s.shape[1], int(y_s.max()) + 1).to(phi_s.device)
+        h_s = nn.Linear(features_s.shape[1], int(y_s.max()) + 1).to(features_s.device)
         released = args.as_released
         epochs, batch_size, lr = ((30 if text else 20), 4, 1e-4) if released else (300, len(y_s), 1e-2)
         optimizer = torch.optim.AdamW(h_s.parameters(), lr=lr, weight_decay=0.05)
         for _ in range(epochs):
             for index in torch.randperm(len(y_s)).to(y_s.device).split(batch_size):
-                out = h_s(phi_s[index])  # (B, K_s)
+                out = h_s(features_s[index])  # (B, K_s)
                 F.cross_entropy(out.softmax(1) if released and text else out, y_s[index]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -158,7 +158,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
 
     measure(time.perf_counter())
     # ---- feature alignment
-    lr, weight_decay = data.of_one_batch(args)
+    lr, weight_decay = data.of_one_batch(args, "recraft")
     lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
     optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
@@ -224,9 +224,11 @@ def main(args):
         every = torch.arange(len(source_set), device=device)
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
         with torch.no_grad():
-            u_s, phi_s = embed_all(source.embedder, source_set, every), features(source.embedder, source_set, every)
-        h_s = train_source_predictor(phi_s, y_s, args, source.modality == "1d")
-        right, chance = (h_s(phi_s).argmax(1) == y_s).float().mean().item(), y_s.bincount().max().item() / len(y_s)
+            u_s = embed_all(source.embedder, source_set, every)  # (n, D)
+            features_s = features(source.embedder, source_set, every)  # (n, F)
+        h_s = train_source_predictor(features_s, y_s, args, source.modality == "1d")
+        right = (h_s(features_s).argmax(1) == y_s).float().mean().item()
+        chance = y_s.bincount().max().item() / len(y_s)
         print(f"RECRAFT {right:.2f} of the source's labels are predicted; the most frequent one is {chance:.2f} of them")
         if right < chance + 0.1:
             print("        That is near chance: such predictions say little about target labels.")

@@ -1,4 +1,4 @@
-"""What keeps a run: optimizer and schedule, processes, seeds, the run folder with its checkpoints, evaluation, curves."""
+"""Run management: optimizer and schedule, processes, seeds, the run folder with its checkpoints, evaluation, tracking."""
 
 import contextlib
 import importlib
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def make_schedule(optimizer, args, steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun): each has a part of the samples, and all compute the same loss, that of all samples
+# Several processes (torchrun): each has a part of the samples, and gradients are those of the loss on all samples
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +89,8 @@ def shard(x):
 def gather(x, n=None):
     """The inverse of `shard`, with a gradient: (n / G, ...) -> (n, ...). n: needed where G does not divide it.
 
-    A loss on the gathered rows is the loss on all samples, the same in every process. Backward, each process gets G times its
-    own rows' part of the gradient, and `average` makes the whole gradient of what all of them share, as for
+    A loss on the gathered rows is the loss on all samples, the same in every process. In the backward pass each process gets G
+    times the gradient of its own rows. Averaging over the processes then gives the full gradient, as in
     DistributedDataParallel.
     """
     rank, world = processes()
@@ -201,6 +202,9 @@ def choose_device(number=0):
     """The GPU with this number, or the CPU, and the precision there: bf16 autocast where a GPU has it, else fp32."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), "fp32"
+    if number >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise UserError(f"process {number} has no GPU, {gpus} can be seen.\nStart with torchrun --nproc_per_node={gpus}.")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False  # on by default: the embedder's convolution would be off by 1.6e-4
@@ -238,9 +242,9 @@ class Run:
         self.device, self.precision = choose_device(local)
         cuda = self.device.type == "cuda"
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+            torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # of a download
         if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")  # one voice
+            sys.stdout = open(os.devnull, "w")  # only process 0 prints
         scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
         modality = data.find_task(args.task).modality
         args = replace(args, scale=scale, backbone=args.backbone or common.DEFAULT_BACKBONE[modality, scale])
@@ -339,7 +343,8 @@ class Run:
         """On the device, and gradients averaged over the processes if there are several.
 
         Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told. Buffers are constants
-        (window indices): they need not be sent before every step.
+        (window indices): they need not be sent before every step. (torch 2.14 warns that broadcast_buffers will be replaced by
+        forward_sync_buffers, which sends them once: sparse ones, as LSG's graph, cannot be sent.)
         """
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         print(f"model   {trained / 1e6:.2f}M of {sum(p.numel() for p in module.parameters()) / 1e6:.2f}M parameters train")
@@ -349,7 +354,7 @@ class Run:
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def keep_stage1(self, rows, **modules):
-        """A method's first stage is over: keep its weights and its rows of numbers, one row an epoch, in one file."""
+        """A method's first stage is over: keep its weights and its rows of numbers in one file."""
         self.stage1 = rows
         if self.rank == 0:
             weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
@@ -370,7 +375,7 @@ class Run:
             raise UserError(
                 f"{self.stage1_file} is no first stage of this run ({reason(error)}).\nRemove the folder to start over."
             ) from error
-        print(f"resumed after stage 1, {len(self.stage1)} epochs")
+        print(f"resumed after stage 1, with its {len(self.stage1)} rows of numbers")
         return True
 
     def no_sync_unless(self, step_follows, module):
@@ -382,22 +387,26 @@ class Run:
         """The task's metric of `model` on a whole split, each process its share, computed once on all samples.
 
         NaN if a prediction is not finite: the largest of NaN scores would still be some class. Predictions and targets are kept
-        as `answers` until the next call.
+        as `answers`, in the order of the split, until the next call.
         """
         model.eval()
         # the last batch is smaller: not worth compiling again. Importing the compiler takes seconds, so only if it is used
         eager = torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
         out, y = [], []
         chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
-        for index in torch.arange(len(split), device=self.device)[self.rank :: self.world].split(chunk):
+        every = torch.arange(len(split), device=self.device)
+        own = every[self.rank :: self.world]
+        for index in (own if len(own) else every[:1]).split(chunk):  # more processes than samples: an answer that is not used
+            x = split.inputs(index)  # in fp32, as in training
             with self.autocast(), eager:
-                out.append(model(split.inputs(index)).float().cpu())
+                out.append(model(x).float().cpu())
             y.append(split.targets(index).cpu())
-        out, y = torch.cat(out).numpy(), torch.cat(y).numpy()
+        out, y = (torch.cat(parts)[: len(own)].numpy() for parts in (out, y))
         if self.world > 1:
             shares = [None] * self.world
             torch.distributed.all_gather_object(shares, (out, y))
-            out, y = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+            order = np.concatenate([np.arange(len(split))[rank :: self.world] for rank in range(self.world)]).argsort()
+            out, y = (np.concatenate(parts)[order] for parts in zip(*shares, strict=True))  # as in the split
         self.answers = out, y
         return task.score(out, y) if np.isfinite(out).all() else math.nan
 
@@ -490,7 +499,8 @@ class Run:
                 f"the error on test is {test} (epoch {self.best_epoch}) and {test_last} (last epoch), validation {self.best}.\n"
                 "Check the test samples, or start again in another --out-dir with a lower --lr or --clip 1."
             )
-        batches = len(self.history) * loaded.train.batches_in_epoch(args)
+        batches = loaded.train.batches_in_epoch(args)
+        steps = len(self.history) * -(-batches // args.accumulate)  # the last window of an epoch may be short
         root = Path(__file__).parent
         git = shutil.which("git")
         head = [git, "-C", root, "rev-parse", "--short", "HEAD"]
@@ -499,10 +509,10 @@ class Run:
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
             "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
             "test": test, "test_last": test_last,
-            "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "steps": batches // args.accumulate,
+            "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "steps": steps,
             "n_train": len(loaded.train),
             "seconds": round(self.seconds + sum(row["seconds"] for row in self.stage1), 1),
-            "samples_per_second": round(batches * args.batch_size / self.seconds, 1),
+            "samples_per_second": round(len(self.history) * batches * args.batch_size / self.seconds, 1),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
         }  # fmt: skip
@@ -511,7 +521,8 @@ class Run:
             write(self.folder / "curves.png", plots.curves(title, self.stage1, self.history, result))
             if task.target != "labels":
                 x = self.first_inputs(loaded.test).cpu().numpy()
-                write(self.folder / "predictions.png", plots.predictions(title, task, x, *self.answers))
+                shown = replace(task, names=task.toy_names if loaded.train.kind == "toy" else task.names)
+                write(self.folder / "predictions.png", plots.predictions(title, shown, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
             self.write_best(load_file(self.best_file), **about)
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())

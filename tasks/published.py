@@ -31,6 +31,8 @@ class Recipe:
     source_samples: int = 5000  # ORCA: source samples in the distance
     reg: float = 0.1  # ORCA: entropic regularisation of the distance
     meta_epochs: int = 5  # MoNA: epochs of stage 1
+    align_epochs: int = 60  # RECRAFT: steps of feature alignment
+    align_samples: int = 128  # RECRAFT: target samples in such a step
     label_epochs: int = 4  # RECRAFT: passes over the training samples
     label_samples: int = 28  # RECRAFT as released: of one class, in a step
     regularise_weight: float = 8.0  # LSG
@@ -105,6 +107,11 @@ for task, samples, epochs in (
     ("psicov", 16, 4), ("ecg", 28, 2), ("satellite", 32, 3), ("deepsea", 16, 2),
 ):  # fmt: skip
     RECIPES[task]["recraft"] = replace(RECIPES[task]["orca"], label_samples=samples, label_epochs=epochs)
+for task, changes in (
+    ("spherical", dict(batch_size=28)), ("ninapro", dict(batch_size=28)),
+    ("psicov", dict(align_samples=64)), ("deepsea", dict(align_samples=64)),
+):  # fmt: skip
+    RECIPES[task]["recraft"] = replace(RECIPES[task]["recraft"], **changes)
 
 # ORCA's configurations for OpenML tables: id, optimizer, learning rate, weight decay, momentum, batch size, epochs, warm-up,
 # decay, dropout, clip, samples per class and alignment step, tokens
@@ -161,7 +168,8 @@ def openml(number):
     lr, weight_decay, momentum, batch_size, epochs, warmup, decay, dropout, clip, max_samples, tokens = map(float, row[1:])
     recipe = published(
         row[0], lr, weight_decay, int(batch_size), int(epochs), int(warmup), int(decay),
-        momentum=momentum, dropout=dropout, clip=clip, max_samples=int(max_samples), embedder_epochs=20, **TEXT,
+        momentum=momentum, dropout=dropout, clip=clip, max_samples=int(max_samples),
+        embedder_epochs=20, align_epochs=20, **TEXT,
     )  # fmt: skip
     return both(recipe, **SEQUENCE), int(tokens)
 
@@ -169,8 +177,8 @@ def openml(number):
 # The tiny scale has one recipe for each kind of task, the same for all methods: no method is tuned separately. An epoch is a
 # number of optimizer steps, however many samples there are: models learn from steps. docs/results.md shows the choice.
 TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20,
-              max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, label_epochs=3,
-              regularise_weight=0.5, n_train=10_000)  # fmt: skip
+              max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, align_epochs=20,
+              label_epochs=3, regularise_weight=0.5, n_train=10_000)  # fmt: skip
 TINY_RECIPES = {
     "images": TINY,
     "2D fields": TINY,

@@ -6,6 +6,7 @@ FOLDER/commands.json lists commands, which are run one after the other. Each run
 to NAME.1 beside it.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -70,6 +71,34 @@ def alignments():
     return found
 
 
+class Numbers(list):
+    """A split whose inputs are these numbers, and its targets their negatives."""
+
+    chunk = 2
+    inputs = lambda self, index: torch.tensor(self)[index]
+    targets = lambda self, index: -torch.tensor(self)[index]
+
+
+class NotOfNothing(torch.nn.Identity):
+    """Fails on an empty batch, as transformers do."""
+
+    def forward(self, x):
+        assert len(x) > 0
+        return x
+
+
+def answers():
+    """What evaluation keeps, of seven samples and of one, of which the second process has none."""
+    rank, world = run.processes()
+    args = SimpleNamespace(compile=False, batch_size=2)
+    this = SimpleNamespace(rank=rank, world=world, args=args, device="cpu", autocast=contextlib.nullcontext)
+    found = []
+    for n in (7, 1):
+        run.Run.evaluate(this, NotOfNothing(), Numbers(range(n)), SimpleNamespace(score=lambda out, y: 0.0))
+        found += map(torch.from_numpy, this.answers)
+    return found
+
+
 def copy_after_first_epoch(end_epoch):
     def ended(self, *arguments):
         end_epoch(self, *arguments)
@@ -80,14 +109,14 @@ def copy_after_first_epoch(end_epoch):
 
 
 def main(folder, sums=False):
-    """sums: write what gather and average, and the first stages, give this process."""
+    """sums: write what gather and average, the first stages and evaluation give this process."""
     run.Run.end_epoch = copy_after_first_epoch(run.Run.end_epoch)
     os.chdir(folder)
     commands = json.loads((folder / "commands.json").read_text())
     port = int(os.environ.get("MASTER_PORT", 0))
     if sums:
         torch.distributed.init_process_group("gloo")
-        torch.save([shared_sums(), meta_gradients(), alignments()], folder / f"{os.environ['RANK']}.pt")
+        torch.save([shared_sums(), meta_gradients(), alignments(), answers()], folder / f"{os.environ['RANK']}.pt")
         torch.distributed.destroy_process_group()
     for i, (script, *options) in enumerate(commands):
         # processes that meet again need another place for it than torchrun's own

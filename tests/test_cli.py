@@ -80,6 +80,21 @@ def test_a_forbidden_folder_costs_two_lines(capsys):
     assert stop.value.code == 2 and "/somewhere: Permission denied" in capsys.readouterr().err
 
 
+def test_a_full_gpu_costs_two_lines_and_other_errors_are_shown(capsys):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def raises(error):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.guarded(raises, OutOfMemoryError("CUDA out of memory"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "out of GPU memory.\nHalve --batch-size and double --accumulate" in said
+    with pytest.raises(RuntimeError, match="another"):
+        cli.guarded(raises, RuntimeError("another"))
+
+
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path):
     options = ["--task", "satellite", "--scale", "tiny", "--n-train", 80, "--epochs", 1]
     with pytest.raises(cli.UserError, match="--batch-size 1,000,000 is more than the 80 training samples"):

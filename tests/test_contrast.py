@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from helpers import SHORT, here, rows, weights
 from safetensors.torch import load_file
+from test_backbones_messy import save_swin
 from test_wiring import backbone  # noqa: F401 (a fixture)
 from timm.models.swin_transformer import window_partition
 
+import cli
 import common
 import contrast
 import data
@@ -166,6 +168,9 @@ def test_label_weights_follow_the_correlation_of_the_targets():
         assert found[i].max() / found[i].min() < 11.01
     assert torch.allclose(contrast.label_weights(F.one_hot(Y), Y)[Y[:, None] != Y], torch.ones(()))  # classes: plain SupCon
     assert torch.allclose(contrast.correlation(targets), torch.from_numpy(rho).float(), atol=1e-5)
+    labels = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1]])  # the second is more like the first than the third is
+    several = contrast.label_weights(labels, torch.arange(3))
+    assert several[0, 2] > several[0, 1] and (several[0, 1] + several[0, 2]) / 2 == pytest.approx(1)
     constant = torch.cat([targets, torch.full((1, 5, 2), 3.0), torch.full((1, 5, 2), torch.nan)])
     assert (contrast.correlation(constant)[-2:] == 0).all()
     assert contrast.label_weights(constant, torch.zeros(9).long()).isfinite().all()  # no negatives at all
@@ -302,6 +307,29 @@ def test_scores_leave_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 
+def test_weights_cast_for_scores_do_not_take_part_in_training():
+    """Under autocast, older torch keeps the bf16 copies that the scores used, which have no gradient."""
+    source = common.load_source("tiny-swin")
+    tokens = source.embedder(torch.rand(2, 3, 32, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        common.attention_rollout(source.encoder, tokens)
+        out = source.encoder(tokens)
+    out.float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in source.encoder.parameters())
+
+
+def test_a_backbone_without_attention_scores_is_refused_before_stage_1(tmp_path, monkeypatch):
+    save_swin(tmp_path, "swinv2_tiny_window8_256", patch_size=2)
+    monkeypatch.setattr(contrast, "learn_embedder", None)
+    with pytest.raises(cli.UserError, match="no attention scores.\nTake --scores gate or random"):
+        here("contrast", *SHORT, "--backbone", tmp_path, out=tmp_path / "runs")
+
+
+def test_a_table_of_one_token_has_scores_that_do_not_vary(tmp_path, capsys):
+    here("contrast", "--task", "openml1510", "--scale", "tiny", "--n-train", 32, "--epochs", 1, out=tmp_path)
+    assert "scores vary by 0% of their mean (target)" in capsys.readouterr().out
+
+
 def test_tokens_with_equal_roles_get_equal_scores():
     """Equivariance: without positions, permuting the tokens of a text permutes their scores."""
     encoder = common.load_source("tiny-roberta").encoder
@@ -423,6 +451,7 @@ def test_stage_2_takes_the_steps_of_pare_with_attention_scores(contrast_run):
 
 
 def test_with_random_scores_and_no_stage_1_it_is_pare_with_a_random_gate(tmp_path, monkeypatch):
+    """With a source of text: PaRe augments source images."""
     options = ["--task", "satellite", "--scale", "tiny", "--n-train", 64, "--epochs", 2, "--clip", 0, "--mix-weight", 1]
     here("contrast", *options, "--scores", "random", "--contrast-epochs", 0, out=tmp_path)
     monkeypatch.setattr(pare.Gate, "forward", lambda self, tokens: torch.rand(tokens.shape[:2]))
@@ -450,7 +479,7 @@ def test_the_embedder_of_stage_1_is_kept_and_may_stay(script, tmp_path):
     assert kept.keys() == {f"embedder.{k}" for k in common.load_source("tiny-swin").embedder.state_dict()}
     for name in ("last.pt", "result.json", "best.safetensors", "metrics.jsonl"):
         (folder / name).unlink()
-    assert "resumed after stage 1, 2 epochs" in script("contrast.py", *options, "--resume", out=tmp_path)
+    assert "resumed after stage 1, with its 2 rows" in script("contrast.py", *options, "--resume", out=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
     script("contrast.py", *options, "--freeze-embedder", out=tmp_path / "frozen")
     after = weights(tmp_path / "frozen" / folder.name)
@@ -460,7 +489,7 @@ def test_the_embedder_of_stage_1_is_kept_and_may_stay(script, tmp_path):
 
 def test_the_printed_formula_stops_the_run_where_it_is_undefined(script, tmp_path):
     said = script("contrast.py", *SHORT, "--as-printed", "--embedder-lr", 0.1, "--contrast-epochs", 50, out=tmp_path, code=2)
-    assert "the printed loss is nan in epoch" in said and "leave out --as-printed" in said
+    assert "the printed loss is nan after epoch" in said and "leave out --as-printed" in said
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_mona_as_a_user_runs_it(script, tmp_path):
     assert {k.split(".")[0] for k in kept} == {"embedder", "predictor"}
     for name in ("last.pt", "result.json", "best.safetensors", "metrics.jsonl"):
         (folder / name).unlink()
-    assert "resumed after stage 1, 2 epochs" in script("mona.py", *options, "--resume", out=tmp_path)
+    assert "resumed after stage 1, with its 2 rows" in script("mona.py", *options, "--resume", out=tmp_path)
     assert rows(folder) == lines and all(torch.equal(v, before[k]) for k, v in weights(folder).items())
 
 

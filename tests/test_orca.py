@@ -58,7 +58,7 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
     for name in ("last.pt", "result.json", "best.safetensors", "metrics.jsonl"):
         (folder / name).unlink()
     assert "holds a run already" in script("orca.py", *options, out=tmp_path, code=2)
-    assert "resumed after stage 1, 3 epochs" in script("orca.py", *options, "--resume", out=tmp_path)
+    assert "resumed after stage 1, with its 3 rows" in script("orca.py", *options, "--resume", out=tmp_path)
     assert rows(folder) == lines and all(torch.equal(v, before[k]) for k, v in weights(folder).items())
     assert (folder / "stage1.safetensors").read_bytes() == stage1
     (folder / "stage1.safetensors").write_bytes(stage1[:1000])

@@ -34,7 +34,7 @@ def test_the_confusion_matrix_has_true_classes_in_rows():
     shares = plots.shares(np.eye(3)[[0] * 10 + [1] * 5 + [0] * 5 + [2] * 10], y)
     assert np.allclose(shares, [[1, 0, 0], [0.5, 0.5, 0], [0, 0, 1]])
     assert np.allclose(plots.shares(np.eye(3)[[0]], np.array([0])), [[1, 0, 0], [0, 0, 0], [0, 0, 0]])  # two do not occur
-    for names in (("a", "b", "c"), None, str):
+    for names in (("a", "b", "c"), ("a", "b"), None, str):  # two names do not fit three classes
         task = SimpleNamespace(target="class", names=names)
         drawn = pixels(DRAWN["predictions"]("a run", task, None, np.eye(3)[y], y))
         assert (drawn.mean(2) < 80).mean() > 0.01  # the diagonal
@@ -75,6 +75,15 @@ def test_a_run_leaves_its_pictures(tmp_path, monkeypatch):
     assert {path.name for path in contrast.glob("*.png")} == {"curves.png", "predictions.png", "patches.png"}
     assert {path.name for path in finetune.glob("*.png")} == {"curves.png"}  # of labels there is none
     assert all(pixels(path.read_bytes()).std() > 5 for path in contrast.glob("*.png"))
+
+
+def test_toy_classes_are_called_what_they_are(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(plots, "predictions", DRAWN["predictions"])
+    monkeypatch.setattr(plots, "confusion", lambda title, out, y, names: called.append(names) or b"a picture")
+    few = ["--scale", "tiny", "--n-train", 16, "--batch-size", 8, "--epochs", 1]
+    here("finetune", "--task", "ecg", *few, out=tmp_path)
+    assert called == [data.TASKS["ecg"].toy_names] != [data.TASKS["ecg"].names]
 
 
 @pytest.mark.parametrize("task, error", [("darcy", scores.relative_l2), ("navier_stokes1d", scores.nrmse)])

@@ -10,6 +10,7 @@ import cli
 import data
 import orca
 import pare
+import recraft
 from tasks import published
 
 
@@ -74,9 +75,21 @@ def test_each_kind_of_task_has_its_tiny_recipe_the_same_for_every_method():
 def test_a_first_stage_has_the_published_rate_of_one_batch():
     for name, lr, decay in (("cifar100", 1e-4, 1e-3), ("ecg", 1e-6, 0.1), ("psicov", 5e-6, 1e-5)):  # hyperparameters.csv
         args = data.complete(orca.Args(task=name, scale="full"), "orca", "full")
-        assert data.of_one_batch(args) == pytest.approx((lr, decay))
-        twice = data.of_one_batch(dataclasses.replace(args, lr=2 * args.lr))  # a given rate is converted in the same way
+        assert data.of_one_batch(args, "orca") == pytest.approx((lr, decay))
+        halved = dataclasses.replace(args, accumulate=2 * args.accumulate)  # for memory
+        assert data.of_one_batch(halved, "orca") == data.of_one_batch(args, "orca")
+        twice = data.of_one_batch(dataclasses.replace(args, lr=2 * args.lr), "orca")  # a given rate is converted, too
         assert twice == pytest.approx((2 * lr, decay))
+
+
+def test_recraft_aligns_as_released():
+    found = {}
+    for name in ("cifar100", "spherical", "psicov", "deepsea", "openml31"):
+        args = data.complete(recraft.Args(task=name, scale="full"), "recraft", "full")
+        found[name] = args.align_epochs, args.align_samples, args.batch_size
+    assert found == {"cifar100": (60, 128, 32), "spherical": (60, 128, 28), "psicov": (60, 64, 1), "deepsea": (60, 64, 16),
+                     "openml31": (20, 128, 64)}  # fmt: skip
+    assert data.complete(recraft.Args(task="deepsea", scale="tiny"), "recraft", "tiny").align_epochs == 20
 
 
 def test_a_shorter_run_has_the_same_learning_rate_curve_squeezed():

@@ -230,7 +230,7 @@ def test_recraft_trains_the_embedder_only_and_keeps_it(script, tmp_path):
     before = weights(folder)
     for name in ("last.pt", "result.json", "best.safetensors", "metrics.jsonl"):
         (folder / name).unlink()
-    assert "resumed after stage 1, 4 epochs" in script("recraft.py", *options, "--resume", out=tmp_path)
+    assert "resumed after stage 1, with its 4 rows" in script("recraft.py", *options, "--resume", out=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
     script("recraft.py", *options, "--freeze-embedder", out=tmp_path / "frozen")
     after = weights(tmp_path / "frozen" / folder.name)

@@ -21,7 +21,23 @@ import run
 from run import Run, make_optimizer, make_schedule, mean_loss, write
 from tasks import images, text
 
+# ---- processes
+
+
+def test_a_process_without_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(cli.UserError, match="process 1 has no GPU, 1 can be seen.\nStart with torchrun --nproc_per_node=1"):
+        run.choose_device(1)
+
+
 # ---- optimizer and schedule
+
+
+def test_steps_are_those_of_the_optimizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TOY_TEST", 20)
+    few = ["--task", "satellite", "--scale", "tiny", "--n-train", 31, "--batch-size", 8, "--epochs", 2]
+    assert here("finetune", *few, "--accumulate", 2, out=tmp_path)["steps"] == 4  # of three micro-batches an epoch
 
 
 class Recipe:

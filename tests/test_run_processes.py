@@ -62,12 +62,13 @@ def test_torchrun_gives_what_processes_of_ours_give(two, tmp_path):
     same(two / "finetune/spherical-naive-tiny-swin-s0-toy", tmp_path / "spherical-naive-tiny-swin-s0-toy")
 
 
-def test_both_first_stages_and_their_gradients_are_those_of_one_process(two):
-    alone = [pair.shared_sums(), pair.meta_gradients(), pair.alignments()]
+def test_first_stages_their_gradients_and_evaluation_are_those_of_one_process(two):
+    alone = [pair.shared_sums(), pair.meta_gradients(), pair.alignments(), pair.answers()]
     for rank in range(2):
         for ours, one in zip(torch.load(two / f"{rank}.pt"), alone, strict=True):
             for a, b in zip(ours, one, strict=True):
                 assert torch.allclose(a.detach(), b.detach(), rtol=1e-6, atol=1e-9)
+    assert [part.tolist() for part in alone[3]] == [[*range(7)], [-i for i in range(7)], [0], [0]]
     everything, slope, curvature = alone[0]  # f = sum w (2 x)^3, f' = 24 w x^2, and of sum w f': 48 w^2 x
     x, w = torch.arange(7).double(), torch.linspace(1, 2, 7).double()
     assert torch.equal(everything, 2 * x) and torch.allclose(slope, 24 * w * x**2) and torch.allclose(curvature, 48 * w**2 * x)

@@ -51,6 +51,7 @@ LORA, MERGED = (
     "test_lora_starts_at_the_pretrained_model_and_adds_updates_of_rank_r", "test_lora_evaluates_and_saves_the_merged_weights",
 )  # fmt: skip
 LSG, LSG_RELEASED, LSG_TEXT = (f"test_lsg_guides_by_the_graph_or_by_vectors[{kind}]" for kind in ("graph", "released", "text"))
+PROCESSES = "test_first_stages_their_gradients_and_evaluation_are_those_of_one_process"
 LSG_GRAPH = "test_the_graph_is_symmetric_with_cliques_self_loops_and_so_many_edges_between_classes"
 LSG_STAGE1, LSG_NODES = "test_the_gcn_learns_as_in_a_plain_loop", "test_nodes_and_edges_are_computed_once"
 LSG_NAIVE = "test_a_method_without_its_first_stage_is_naive_fine_tuning[lsg]"
@@ -190,7 +191,7 @@ MUTATIONS = {
          "test_the_printed_loss_is_its_formula"),
         ("--label-weights ignored", 'if args.label_weights == "targets" else None', "", CONTRAST_FIELDS),
         ("--as-printed ignored", "if not args.as_printed:", "if True:", CONTRAST_FIELDS),
-        ("an undefined loss goes on", "if not loss.isfinite():", "if False:",
+        ("an undefined loss goes on", "if not loss.isfinite() and z.isfinite().all():", "if False:",
          "test_the_printed_formula_stops_the_run_where_it_is_undefined"),
         ("one view", "twice = index.repeat_interleave(2)", "twice = index", CONTRAST_1),
         ("no noise", "noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))", "noised = encode",
@@ -269,6 +270,8 @@ MUTATIONS = {
          "test_fields_and_predictions_are_drawn_in_one_unit"),
         ("predicted classes in rows", "np.add.at(counts, (y, out.argmax(1)), 1)", "np.add.at(counts, (out.argmax(1), y), 1)",
          "test_the_confusion_matrix_has_true_classes_in_rows"),
+        ("as many names as classes not asked for", "if names and len(names) == K <= 24:", "if names and K <= 24:",
+         "test_the_confusion_matrix_has_true_classes_in_rows"),
         ("the highest-scored patches are coloured", 'order = score.argsort(kind="stable")',
          'order = (-score).argsort(kind="stable")[:-4]', "test_the_lowest_scored_patches_are_coloured"),
     ],
@@ -283,8 +286,8 @@ MUTATIONS = {
         ("features not normalised", "gather(F.normalize(features, dim=1))", "gather(features)", MONA),
         ("pairs of different classes", "(y[:, None] == y[None])", "(y[:, None] != y[None])", MONA),
         ("another temperature of uniformity", "torch.exp(-2 * d)", "torch.exp(-d)", MONA),
-        ("pairs of a sample with itself", "return torch.log(torch.exp(-2 * d)[off_diagonal].mean())",
-         "return torch.log(torch.exp(-2 * d).mean())", MONA),
+        ("pairs of a sample with itself", "(torch.exp(-2 * d) * off_diagonal).sum() / off_diagonal.sum()",
+         "torch.exp(-2 * d).mean()", MONA),
         ("predictor of stage 1 never trains", 'gradient if args.predictor == "trained" else None', "None", MONA),
         ("no clipping in stage 1", "nn.utils.clip_grad_norm_(trained.parameters(), args.clip)", "pass", MONA),
         ("few source samples in a batch", "args.batch_size * -(-32 // args.batch_size)", "args.batch_size", MONA),
@@ -372,6 +375,12 @@ MUTATIONS = {
          "test_1d_fields_are_the_values_of_each_tokens_time_steps"),
     ],
     "run.py": [
+        ("answers of several processes out of order", "np.concatenate(parts)[order]", "np.concatenate(parts)", PROCESSES),
+        ("a process without samples evaluates none", "own if len(own) else every[:1]", "own", PROCESSES),
+        ("short windows are not counted", "-(-batches // args.accumulate)  #", "(batches // args.accumulate)  #",
+         "test_steps_are_those_of_the_optimizer"),
+        ("toys are called by the names of the real classes", 'task.toy_names if loaded.train.kind == "toy" else task.names',
+         "task.names", "test_toy_classes_are_called_what_they_are"),
         ("evaluation in training mode", "        model.eval()\n", "        model.train()\n", EVALUATION),
         ("best checkpoint never loaded", "if self.best_epoch < len(self.history):", "if False:", BEST),
         ("test of the last epoch", '"test": test, "test_last": test_last', '"test": test_last, "test_last": test_last', BEST),
@@ -435,7 +444,9 @@ MUTATIONS = {
         ("warm-up not squeezed", "warmup_epochs=recipe.warmup_epochs * squeeze", "warmup_epochs=recipe.warmup_epochs",
          "test_a_shorter_run_has_the_same_learning_rate_curve_squeezed"),
         ("classes from 1", "return int(y.max()) + 1", "return int(y.max()) + 2", "test_classes_are_counted_from_0"),
-        ("rate of stage 1 as accumulated", "args.lr / (args.accumulate if", "args.lr / (1 if",
+        ("rate of stage 1 as accumulated", "args.lr / (accumulate if", "args.lr / (1 if",
+         "test_a_first_stage_has_the_published_rate_of_one_batch"),
+        ("rate of stage 1 by the user's accumulation", 'recipes.get(method, recipes["orca"]).accumulate', "args.accumulate",
          "test_a_first_stage_has_the_published_rate_of_one_batch"),
         ("load forgets the statistics of the training set", "if statistics else task", "if False else task",
          f"{ANSWERS}[darcy]"),
@@ -523,6 +534,8 @@ MUTATIONS = {
          "test_options_out_of_bounds_are_refused"),
         ("no upper bound", "if not 0 <= number <= most:", "if not 0 <= number:",
          "test_options_out_of_bounds_are_refused"),
+        ("every error is called a full GPU", 'if type(error).__name__ != "OutOfMemoryError":', "if False:",
+         "test_a_full_gpu_costs_two_lines_and_other_errors_are_shown"),
         ("a mistake exits with 1", "raise SystemExit(2)", "raise SystemExit(1)", "test_a_forbidden_folder_costs_two_lines"),
     ],
     "backbones.py": [

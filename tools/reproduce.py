@@ -236,13 +236,18 @@ def of(rows, **wanted):
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def known_methods(rows):
+    """In the order of variants.py and references.py; variants of an earlier version come last."""
+    return dict.fromkeys((*METHODS, *REFERENCES, *(row["method"] for row in rows)))
+
+
 def table(rows, task):
     """Print the results of one task in Markdown: test error at the best and at the last epoch, mean ± std over seeds."""
     first = of(rows, task=task)[0]
     print(f"\n{task}: {first['data']} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
     print("| method | test, epoch best on validation | test, last epoch | n | epochs | minutes | published, full scale |")
     print("|---|---|---|---|---|---|---|")
-    for method in (*METHODS, *REFERENCES):
+    for method in known_methods(rows):
         if runs := of(rows, task=task, method=method):
             best, last = (spread([row[which] for row in runs]) for which in ("test", "test_last"))
             known = dict(zip(PUBLISHED_METHODS, PUBLISHED.get(task, ()), strict=False)).get(method)
@@ -305,7 +310,7 @@ def paired(rows, base="naive"):
     head = "tasks (pairs) | better, worse | median difference | p |"
     print(f"\n| method against {base} | best epoch: {head} last epoch: {head}")
     print("|---" * 9 + "|")
-    for method in (*METHODS, *REFERENCES):
+    for method in known_methods(rows):
         cells = []
         for which in ("test", "test_last"):
             differences, pairs = [], 0

@@ -12,14 +12,14 @@ run() {
   cp "$runs/results.csv" docs/results.csv
 }
 
-methods=(naive orca mona scratch recraft pare warmup frozen)
+methods=(naive orca mona scratch recraft pare warmup frozen lora norms)
 voc=(--options="--source cifar10") # PaRe's source on fields: VOC, the published one, was not available
 
 run --tasks advection1d satellite --seeds 3 --methods "${methods[@]}"
 run --tasks cifar100 --seeds 3 --methods "${methods[@]}"
 run --tasks cifar100 --seeds 3 --methods lsg lsg-text lsg-random lsg-simplex lsg-pull
 # MINILM: the folder of a text encoder that knows what names mean, as all-MiniLM-L6-v2
-[ -z "${MINILM:-}" ] || run --tasks cifar100 --seeds 3 --methods lsg-minilm lsg-minilm-text
+[ -z "${MINILM:-}" ] || run --tasks cifar100 --seeds 3 --methods lsg-minilm lsg-minilm-pull lsg-minilm-text
 run --tasks darcy --seeds 3 --methods "${methods[@]}" "${voc[@]}"
 run --tasks spherical burgers1d diffusion_reaction1d --seeds 3 --methods "${methods[@]}"
 run --tasks shallow_water2d --seeds 3 --methods "${methods[@]}" "${voc[@]}"

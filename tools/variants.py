@@ -36,6 +36,7 @@ METHODS = {
     "lsg-pull": "lsg.py --align-weight 0",  # L3: without the loss that knows the label
     "lsg-released": "lsg.py --as-released",  # L1, L2
     "lsg-minilm": f"lsg.py --text-encoder {MINILM}",
+    "lsg-minilm-pull": f"lsg.py --text-encoder {MINILM} --align-weight 0",  # what lsg-minilm-text is to be compared with
     "lsg-minilm-text": f"lsg.py --text-encoder {MINILM} --prototypes text",
     "naive-released": "finetune.py --mode naive --as-released",  # O2: different initial embedder
     # ---- initial embedder (P1, O1), and equal compute
@@ -43,9 +44,8 @@ METHODS = {
     "orca-random": "orca.py --init random",
     "mona-random": "mona.py --init random",
     "naive-random": "finetune.py --mode naive --init random",
-    "naive-long": "finetune.py --mode naive --epochs 24",  # tiny scale: encodes as many samples as PaRe in 12 epochs
-    "naive-20": "finetune.py --mode naive --epochs 20",  # as many as MoNA in 12 epochs
-    "naive-short": "finetune.py --mode naive --epochs 3",
+    "naive-80": "finetune.py --mode naive --epochs 80",  # tiny scale: encodes as many samples as PaRe in 40 epochs
+    "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 3.4 times the work
     # ---- PaRe: rows of docs/paper-vs-code.md
     "pare-end": "pare.py --k-end 0.16",  # P2: k decreases to 500 of 3136, as in the official code
     "pare-share": "pare.py --ratio k/N",  # P3
