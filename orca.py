@@ -6,7 +6,7 @@ A pretrained encoder expects tokens distributed like those of its own modality. 
 until embedded target data lie close to embedded source data of the same kind of label; then it fine-tunes everything.
 
     stage 1, in each embedder epoch:
-    1  u_s = mean over tokens of source embedder(x_s), with labels y_s       once: both are frozen
+    1  u_s = mean over tokens of source embedder(x_s), with labels y_s       once: the source embedder is frozen
     2  u_t = mean over tokens of embedder(x_t), with labels y_t              at most max_samples of each class
     3  OTDD = min over plans pi of sum_ij pi_ij (1/2 |u_i - u_j|^2 + 1/2 W^2(y_i, y_j))
        W^2(y, y') the transport cost between the samples of class y and those of class y'

@@ -10,6 +10,7 @@ from helpers import here, result, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
+import contrast
 import data
 import mona
 import pare
@@ -48,7 +49,7 @@ def parts(task, device):
     return source, model, x, y, loss
 
 
-@pytest.mark.parametrize("method", ["naive", "pare", "mona"])  # ORCA's second stage is naive
+@pytest.mark.parametrize("method", ["naive", "pare", "mona", "contrast"])  # ORCA's second stage is naive
 @pytest.mark.parametrize("task", KINDS)
 def test_bf16_follows_fp32(task, method, device):
     source, model, x, y, loss = parts(task, device)
@@ -66,12 +67,16 @@ def test_bf16_follows_fp32(task, method, device):
                 net = pare.PaRe(model, pare.Gate(source.token_width).to(device),
                                 common.ClassPredictor(source.feature_width, 4).to(device))  # fmt: skip
                 out, _, _ = net(x, tokens_s, 4)
+            elif method == "contrast":
+                net = contrast.Replacement(model, common.ClassPredictor(source.feature_width, 4).to(device), "rollout", 0)
+                out, _, _ = net(x, tokens_s, None, 4)
         if method == "mona":
             g_e, _, log = mona.meta_gradient(model, loss, x, y, tokens_s.float(), y_s, 0.1, 1.0, "finite-difference")
             found[bf16] = log[0], torch.cat([g.flatten() for g in g_e])
             continue
         value = loss(out.float(), y)
         value.backward()
+        assert all(p.grad is not None for p in model.encoder.parameters())
         found[bf16] = value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     (value, gradient), (rounded, rough) = found[False], found[True]
     assert rounded.item() == pytest.approx(value.item(), rel=0.03)
@@ -100,9 +105,14 @@ def test_a_distance_on_the_device_is_that_of_the_cpu(inner, reg, device):
     )
 
 
-@pytest.mark.parametrize("method", ["finetune", "orca", "mona", "pare"])
-def test_a_stopped_run_resumes_on_the_device(method, tmp_path, monkeypatch):
-    here(method, *FEW, out=tmp_path / "whole")
+RESUMED = {"naive": ["finetune"], "lora": ["finetune", "--mode", "lora"], "orca": ["orca"], "mona": ["mona"], "pare": ["pare"],
+           "contrast": ["contrast", "--contrast-epochs", 1], "lsg": ["lsg", "--gcn-steps", 20]}  # fmt: skip
+
+
+@pytest.mark.parametrize("method, options", [(method, options) for method, *options in RESUMED.values()], ids=RESUMED)
+def test_a_stopped_run_resumes_on_the_device(method, options, tmp_path, monkeypatch):
+    few = [*FEW, *options]
+    here(method, *few, out=tmp_path / "whole")
 
     def stops(self, *arguments):
         end(self, *arguments)
@@ -113,8 +123,8 @@ def test_a_stopped_run_resumes_on_the_device(method, tmp_path, monkeypatch):
     end = module.Run.end_epoch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module.Run, "end_epoch", stops)
-        here(method, *FEW, out=tmp_path / "parted")
-    here(method, *FEW, "--resume", out=tmp_path / "parted")
+        here(method, *few, out=tmp_path / "parted")
+    here(method, *few, "--resume", out=tmp_path / "parted")
     whole, parted = (next((tmp_path / name).glob("*-s0-toy")) for name in ("whole", "parted"))
     assert result(parted)["test"] == pytest.approx(result(whole)["test"], abs=0.05)
     apart = sum((v.float() - weights(parted)[k].float()).abs().sum() for k, v in weights(whole).items())

@@ -333,7 +333,7 @@ def test_names_come_from_the_official_files(tmp_path):
 
 
 def test_a_table_has_names_if_its_categories_are_words(tmp_path):
-    for number, categories in ((31, ["good", "bad"]), (37, ["1", "2"]), (44, ["class_0", "class_1"])):
+    for number, categories in ((31, ["good", "bad"]), (37, ["1", "2"]), (44, ["class_0", "class_1"]), (38, ["yes", "no"])):
         table = [[i, categories[i % 2]] for i in range(40)]
         write_openml(tmp_path, number, [("a", None), ("class", categories)], table)
         loaded = full(f"openml{number}", tmp_path)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The study of models that have learned: bash tools/study.sh DATA_DIR OUT_DIR
 #
-# Two runs at a time, of one thread each; a run takes 5 to 25 minutes (PaRe), all of them some days. It may be stopped at any
-# time: finished runs are skipped, an interrupted one resumes, and a run whose row is in docs/results.csv is not repeated even
-# if its folder is lost. The most important runs come first.
+# Two runs at a time, of one thread each; a run takes 10 minutes (cifar100, naive) to an hour (contrast; 1D fields where other
+# jobs run beside), all of them some days. It may be stopped at any time: finished runs are skipped, an interrupted one resumes,
+# and a run whose row is in docs/results.csv is not repeated even if its folder is lost. The most important runs come first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
