@@ -17,13 +17,14 @@ SAYS = {  # by a distinctive part of the command
     "for k in (0, 1, 3, 8)": "3 [0.0, 105.0, 2.0, 106.0, 4.0, 107.0, 6.0, 7.0]",
     "top_k_mask(scores, 3).sum()": "tensor([[0., 0., 0., 0., 0., 0., 0., 0.]])",
     "for s in (0 * shift, shift)": "none [0.0, 4.5]",
+    "for labels in (y, y[torch.randperm(60)])": "exact [0.0, 241.8]\ngaussian [0.0, 245.2]\nnone [0.0, 0.0]",
     "mona.alignment(f, y) + mona.uniformity(f)": "clusters   with plus  -1.41   as printed   1.41",
 }
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("session", SESSIONS)
-def test_the_commands_of_a_session_run_in_under_three_minutes_each(session, tmp_path):
+def test_the_commands_of_a_session_run_and_print_what_it_says(session, tmp_path):
     for path in ROOT.iterdir():  # run folders are made in a folder of the test's own
         if path.name not in ("runs", ".git"):
             (tmp_path / path.name).symlink_to(path)

@@ -87,6 +87,19 @@ def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
         )
 
 
+def test_the_comparison_of_lsg_is_that_of_results_csv():
+    rows = reproduce.of(reproduce.collect("no runs", ROOT / "docs/results.csv"), task="cifar100")
+    rows.sort(key=lambda row: row["seed"])
+    error = lambda method, which: np.array([row[which] for row in reproduce.of(rows, method=method)])
+    text = (ROOT / "docs/results.md").read_text().split("## LSG: what names are worth")[1]
+    shown = re.findall(r"^\| (naive|lsg[\w-]*) \| .+? \| (.+) \| (.+) \| (.*?) ?\| (\d) \|$", text, re.M)
+    assert len(shown) == 7
+    for method, best, last, more, n in shown:
+        assert (best, last) == tuple(reproduce.spread(error(method, which)) for which in ("test", "test_last"))
+        apart = 100 * (error(method, "test_last") - error("naive", "test_last"))
+        assert len(apart) == int(n) and more == ("" if method == "naive" else f"{apart.mean():+.1f} ± {apart.std(ddof=1):.1f}")
+
+
 def test_every_mean_and_spread_in_the_docs_is_one_of_results_csv():
     rows, text = measured(), (ROOT / "docs/results-unconverged.md").read_text()
     text = text[: text.index("## More samples")]  # its runs are of earlier commits, and not in the file
