@@ -5,6 +5,7 @@ import re
 import shlex
 
 import numpy as np
+import pytest
 import tyro
 from helpers import ROOT, here, result
 
@@ -87,13 +88,18 @@ def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
         )
 
 
-def test_the_comparison_of_lsg_is_that_of_results_csv():
-    rows = reproduce.of(reproduce.collect("no runs", ROOT / "docs/results.csv"), task="cifar100")
+@pytest.mark.parametrize(
+    "section, file, n_train, methods",
+    [("LSG: what names are worth", "results", 10_000, 7), ("LoRA, LayerNorms and naive", "results-2000-images", 2000, 3)],
+)
+def test_a_comparison_with_naive_is_that_of_its_rows(section, file, n_train, methods):
+    rows = reproduce.of(reproduce.collect("no runs", ROOT / f"docs/{file}.csv"), task="cifar100", n_train=n_train)
     rows.sort(key=lambda row: row["seed"])
     error = lambda method, which: np.array([row[which] for row in reproduce.of(rows, method=method)])
-    text = (ROOT / "docs/results.md").read_text().split("## LSG: what names are worth")[1]
-    shown = re.findall(r"^\| (naive|lsg[\w-]*) \| .+? \| (.+) \| (.+) \| (.*?) ?\| (\d) \|$", text, re.M)
-    assert len(shown) == 7
+    text = (ROOT / "docs/results.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
+    cell = r"(\d\.\d{4} ± \d\.\d{4})"
+    shown = re.findall(rf"^\| ([\w-]+) \|(?:[^|]+\|)? {cell} \| {cell} \| (.*?) ?\| (\d) \|$", text, re.M)
+    assert len(shown) == methods
     for method, best, last, more, n in shown:
         assert (best, last) == tuple(reproduce.spread(error(method, which)) for which in ("test", "test_last"))
         apart = 100 * (error(method, "test_last") - error("naive", "test_last"))
