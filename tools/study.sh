@@ -20,6 +20,7 @@ run --tasks cifar100 --seeds 3 --methods "${methods[@]}"
 run --tasks cifar100 --seeds 3 --methods lsg lsg-text lsg-random lsg-simplex lsg-pull
 # MINILM: the folder of a text encoder that knows what names mean, as all-MiniLM-L6-v2
 [ -z "${MINILM:-}" ] || run --tasks cifar100 --seeds 3 --methods lsg-minilm lsg-minilm-pull lsg-minilm-text
+run --tasks cifar100 satellite --seeds 3 --methods contrast contrast-stage1 contrast-gate contrast-random
 run --tasks darcy --seeds 3 --methods "${methods[@]}" "${voc[@]}"
 run --tasks spherical burgers1d diffusion_reaction1d --seeds 3 --methods "${methods[@]}"
 run --tasks shallow_water2d --seeds 3 --methods "${methods[@]}" "${voc[@]}"
