@@ -51,7 +51,7 @@ def watch_attention(encoder, tokens, modules, attention):
         with torch.no_grad():
             encoder.eval().forward(tokens)  # not encoder(tokens): a compiled encoder would skip the hooks
     finally:
-        torch.clear_autocast_cache()  # torch before 2.10 reuses these casts, which have no gradient, in the pass that follows
+        torch.clear_autocast_cache()  # older torch reuses casts made without gradient in the next pass (pytorch issue 65766)
         encoder.train(training)
         for handle in hooks:
             handle.remove()

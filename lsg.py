@@ -111,7 +111,8 @@ def embed_prompts(source, prompts, device):
 
 
 def label_graph(t, ratio, released=False):
-    """Line 2: A (n, n) of the nodes T (n, d), P of each class in a row. Negative cosines are no edges; r n^2 / 2 pairs are.
+    """Line 2: A (n, n) of the nodes T (n, d), P of each class in a row. Negative cosines are no edges; r n^2 / 2 pairs of
+    different classes are joined.
 
     released: row L1, what the official code has in stage 2: the r n^2 most similar of all pairs, of the same class or not.
     """

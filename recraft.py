@@ -3,9 +3,9 @@
 Tran et al., "Rethinking Cross-Modal Fine-Tuning: Optimizing the Interaction between Feature Alignment and Target Fitting",
 AISTATS 2026. Written after its abstract, its figure and its released code: the paper's equations could not be read.
 
-Bringing target features close to source features (ORCA) ignores labels. Two target classes may be mapped to one source class;
-relabelling the source model's predictions then cannot separate them. RECRAFT also trains the embedder so that
-the source model's own labels say as much as possible about the target's.
+Aligning features alone ignores labels: two target classes may be mapped to one source class, and relabelling the source model's
+predictions then cannot separate them. RECRAFT also trains the embedder so that the source model's own labels say as much as
+possible about the target's.
 
     stage 0:
     1  p_s(z | x) = softmax(h_s(mean over tokens of g(source embedder(x))))       h_s trained on source labels, then frozen
