@@ -149,7 +149,7 @@ def start(args, task, method, seed, device, context):
         finished = list(out.glob(f"{task}-{mode}-*-s{seed}/result.json"))  # not -s0-toy: real data may be available now
     if finished:
         return True
-    threads, began = max(1, (os.cpu_count() or 1) // args.jobs), time.perf_counter()
+    threads, began = max(1, torch.get_num_threads() // args.jobs), time.perf_counter()  # as many as OMP_NUM_THREADS allows
     with tempfile.TemporaryDirectory() as folder_of_log:
         log = Path(folder_of_log) / "log"
         process = context.Process(target=child, args=(log, device, threads, *work))

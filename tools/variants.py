@@ -25,7 +25,9 @@ METHODS = {
     "recraft-freeze-embedder": "recraft.py --freeze-embedder",  # R2
     # ---- contrast: stage 1 alone, stage 2 alone, and what the slides leave open (C5, C9)
     "contrast-stage1": "contrast.py --k-begin 0",  # to be compared with naive
+    "contrast-stage1-e20": "contrast.py --k-begin 0 --contrast-epochs 20",
     "contrast-stage2": "contrast.py --contrast-epochs 0",
+    "contrast-e20": "contrast.py --contrast-epochs 20",
     "contrast-embedder": "contrast.py --features embedder",
     "contrast-freeze-embedder": "contrast.py --freeze-embedder",
     **{f"contrast-{scores}": f"contrast.py --scores {scores}" for scores in ("received", "gate", "random")},
