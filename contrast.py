@@ -86,7 +86,7 @@ class Args(cli.Args):
 
 
 EPS = 0.1  # in lambda = 1 / (correlation + eps): weights of negatives differ by a factor of 11 at most
-MEASURED = 512  # target samples on which each epoch of stage 1 is measured
+MEASURED = 512  # target samples whose cosines are measured after each epoch of stage 1
 
 
 def noisy(x, sigma, t, mean=0.0, std=1.0):
@@ -172,13 +172,13 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         encode: samples (B, ...) to tokens (B, n, F), whose mean is z.
         train: the target's training samples, a data.Split. y (len(train),): their classes or pseudo-labels.
         progress: wraps the epochs. rank: the number of this process, each draws its own noise.
-    Returns: a row for each epoch, the first before any step: loss, mean cosine of samples with equal labels, and of others, all
-        of a fixed sample without noise; seconds.
+    Returns: a row for each epoch, the first before any step: loss of a fixed batch of views, as many as in a step; mean cosine
+        of fixed samples without noise with equal labels, and of others; seconds.
     Raises: UserError if a loss is not finite; as printed, it may be undefined.
     """
     parameters, n, rows = list(embedder.parameters()), len(train), []
     fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))
-    fixed = fixed[:MEASURED].to(y.device)  # (m,)
+    fixed, size = fixed[:MEASURED].to(y.device), min(args.contrast_samples, n)  # (m,)
     x = train.inputs(fixed[: train.chunk]).transpose(0, 1)  # (C, at most 256, ...)
     mean, std = (f(x.flatten(1), 1).view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))  # (C, 1, ...)
     noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
@@ -199,11 +199,13 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
 
     def measure(start):
         with torch.no_grad():
-            z = embed_all(encode, train, fixed)  # (m, F)
+            seed_everything("measured", args.seed)  # the same views each time
+            twice = fixed[:size].repeat_interleave(2)  # (2 B,)
+            loss, z = loss_of(embed_all(noised, train, twice), twice), embed_all(encode, train, fixed)  # z (m, F)
             unit, same = F.normalize(z, dim=1), y[fixed][:, None] == y[fixed]  # (m, m)
             pairs = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device), ~same
             cosines = ((unit @ unit.T * chosen).sum() / chosen.sum().clamp(min=1) for chosen in pairs)
-            found = [value.item() for value in (loss_of(z, fixed), *cosines)]
+            found = [value.item() for value in (loss, *cosines)]
         if not all(map(math.isfinite, found)):
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr.")
         names = "contrast", "cosine, equal labels", "cosine, others"
@@ -213,7 +215,6 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     lr, weight_decay = data.of_one_batch(args, "contrast")
     lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
     optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
-    size = min(args.contrast_samples, n)
     for epoch in progress(range(args.contrast_epochs)):
         seed_everything("contrast", args.seed, epoch, rank)
         start, (order, _) = time.perf_counter(), train.plan(n // size, size, args.seed, epoch, stage=1)
