@@ -48,6 +48,10 @@ METHODS = {
     "naive-random": "finetune.py --mode naive --init random",
     "naive-80": "finetune.py --mode naive --epochs 80",  # tiny scale: encodes as many samples as PaRe in 40 epochs
     "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 3.4 times the work
+    # ---- MoNA: its constants, of which the text gives none (docs/mona.md)
+    "mona-plain": "mona.py --lambda 0",  # embedder and predictor are warmed up, nothing else
+    "mona-alpha1": "mona.py --inner-lr 1",
+    "mona-e10": "mona.py --meta-epochs 10",
     # ---- PaRe: rows of docs/paper-vs-code.md
     "pare-end": "pare.py --k-end 0.16",  # P2: k decreases to 500 of 3136, as in the official code
     "pare-share": "pare.py --ratio k/N",  # P3
