@@ -45,6 +45,20 @@ def test_reproduce_compares_methods_by_task(capsys):
     assert line == "| pare | 2 (8) | 2, 0 | -8.7 % | 0.5 | 2 (8) | 2, 0 | -8.7 % | 0.5 |"
 
 
+def test_the_table_compares_seed_by_seed(capsys):
+    errors = {"naive": (0.5, 0.6, 0.7), "pare": (0.4, 0.52, 0.61, 0.9), "orca": (0.6,)}  # pare: -0.1, -0.08, -0.09; t = -9 sqrt 3
+    row = {"task": "a", "data": "toy", "metric": "error", "scale": "tiny", "n_train": 9, "seconds": 60}
+    rows = [row | {"method": method, "seed": seed, "test": 2 * error, "test_last": error}
+            for method, of_method in errors.items() for seed, error in enumerate(of_method)]  # fmt: skip
+    reproduce.table(rows[::-1], "a")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "| pare | 1.2150 ± 0.4263 | 0.6075 ± 0.2131 | -0.0900 ± 0.0100 | 0.0041 | 4 | 1.0 |  |",
+        "| orca | 1.2000 ± 0.0000 | 0.6000 ± 0.0000 |  |  | 1 | 1.0 |  |",
+        "| naive | 1.2000 ± 0.2000 | 0.6000 ± 0.1000 |  |  | 3 | 1.0 |  |",
+    ]
+
+
 def test_the_profile_compares_with_the_best_on_each_task(tmp_path):
     errors = {"naive": (0.2, 4.0, 0.0), "pare": (0.1, 6.0, 0.0), "orca": (0.1, 4.0, 0.5)}
     rows = [

@@ -30,7 +30,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from scipy.stats import wilcoxon
+from scipy.stats import ttest_rel, wilcoxon
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -241,17 +241,34 @@ def known_methods(rows):
     return dict.fromkeys((*METHODS, *REFERENCES, *(row["method"] for row in rows)))
 
 
+def pairs(rows, task, method, base, which="test_last"):
+    """Errors of a method and of the base in the runs with the same seeds: two lists."""
+    ours, theirs = ({row["seed"]: row[which] for row in of(rows, task=task, method=m)} for m in (method, base))
+    both = sorted(ours.keys() & theirs.keys())
+    return [ours[seed] for seed in both], [theirs[seed] for seed in both]
+
+
+def apart(rows, task, method, base="naive"):
+    """Two cells: difference to the base at the last epoch, same seeds, mean ± std, and p of the paired t test."""
+    ours, theirs = pairs(rows, task, method, base)
+    if method == base or len(ours) < 2:
+        return " | "
+    d = [a - b for a, b in zip(ours, theirs, strict=True)]
+    p = ttest_rel(ours, theirs).pvalue if len(set(d)) > 1 else float(not any(d))
+    return f"{statistics.mean(d):+.4f} ± {statistics.stdev(d):.4f} | {p:.2g}"
+
+
 def table(rows, task):
     """Print the results of one task in Markdown: test error at the best and at the last epoch, mean ± std over seeds."""
     first = of(rows, task=task)[0]
     print(f"\n{task}: {first['data']} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
-    print("| method | test, epoch best on validation | test, last epoch | n | epochs | minutes | published, full scale |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | test, epoch best on validation | test, last epoch | last epoch minus naive, same seeds | p | n | minutes",
+          "| published, full scale |\n" + "|---" * 8 + "|")  # fmt: skip
     for method in known_methods(rows):
         if runs := of(rows, task=task, method=method):
             best, last = (spread([row[which] for row in runs]) for which in ("test", "test_last"))
             known = dict(zip(PUBLISHED_METHODS, PUBLISHED.get(task, ()), strict=False)).get(method)
-            print(f"| {method} | {best} | {last} | {len(runs)} | {runs[0]['epochs'] or ''} |",
+            print(f"| {method} | {best} | {last} | {apart(rows, task, method)} | {len(runs)} |",
                   f"{statistics.mean(row['seconds'] for row in runs) / 60:.1f} | {known or ''} |")  # fmt: skip
 
 
@@ -313,18 +330,18 @@ def paired(rows, base="naive"):
     for method in known_methods(rows):
         cells = []
         for which in ("test", "test_last"):
-            differences, pairs = [], 0
+            differences, count = [], 0
             for task in sorted({row["task"] for row in rows} - set(SATURATED)):
-                ours, theirs = ({r["seed"]: r[which] for r in of(rows, task=task, method=m)} for m in (method, base))
-                if both := ours.keys() & theirs.keys():
-                    mean, mean_base = (statistics.mean(side[seed] for seed in both) for side in (ours, theirs))
+                ours, theirs = pairs(rows, task, method, base, which)
+                if ours:
+                    mean, mean_base = statistics.mean(ours), statistics.mean(theirs)
                     differences.append((mean - mean_base) / mean_base)
-                    pairs += len(both)
+                    count += len(ours)
             if method == base or len(differences) < 2:
                 break
             p = wilcoxon(differences).pvalue if any(differences) else 1.0
             won = f"{sum(d < 0 for d in differences)}, {sum(d > 0 for d in differences)}"
-            cells += [f"{len(differences)} ({pairs})", won, f"{100 * statistics.median(differences):+.1f} %", f"{p:.2g}"]
+            cells += [f"{len(differences)} ({count})", won, f"{100 * statistics.median(differences):+.1f} %", f"{p:.2g}"]
         else:
             print(f"| {method} |", " | ".join(cells), "|")
 
@@ -376,7 +393,7 @@ def main(args):
             overview(rows)
             if everywhere(rows)[1]:
                 profile(rows, Path(args.out_dir) / "profile.png")
-        paired(rows)
+            paired(rows)
     if not all(done):
         raise cli.UserError(f"{done.count(False)} of {len(done)} runs failed.\nRun the same command again to repeat them.")
 

@@ -1,29 +1,43 @@
 #!/usr/bin/env bash
 # The study of models that have learned: bash tools/study.sh DATA_DIR OUT_DIR
 #
-# Two runs at a time, of one thread each; a run takes 10 minutes (cifar100, naive) to an hour (contrast; 1D fields where other
-# jobs run beside), all of them some days. It may be stopped at any time: finished runs are skipped, an interrupted one resumes,
-# and a run whose row is in docs/results.csv is not repeated even if its folder is lost. The most important runs come first.
+# First with 1,000 samples (a run takes 2 to 15 minutes on one thread), then at the default budget (10 minutes to an hour). Two
+# runs at a time, of one thread each; all of them take some days. It may be stopped at any time: finished runs are skipped, an
+# interrupted one resumes, and a run whose row is in docs/results*.csv is not repeated even if its folder is lost. The most
+# important runs come first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
 data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
-run() {
-  python tools/reproduce.py --data-dir "$data" --out-dir "$runs" --known docs/results.csv "$@"
-  cp "$runs/results.csv" docs/results.csv
+run() { # NAME of the study ("", -1000, -2000), options of reproduce.py
+  python tools/reproduce.py --seeds 3 --data-dir "$data" --out-dir "$runs$1" --known "docs/results$1.csv" "${@:2}"
+  cp "$runs$1/results.csv" "docs/results$1.csv"
 }
 
 methods=(naive orca mona scratch recraft pare warmup frozen lora norms)
+contrast=(contrast contrast-stage1 contrast-gate contrast-random)
+# MINILM: the folder of a text encoder that knows what names mean, as all-MiniLM-L6-v2
+names=(lsg lsg-text lsg-random lsg-simplex lsg-pull ${MINILM:+lsg-minilm lsg-minilm-pull lsg-minilm-text})
 voc=(--options="--source cifar10") # PaRe's source on fields: VOC, the published one, was not available
 
-run --tasks advection1d satellite --seeds 3 --methods "${methods[@]}"
-run --tasks cifar100 --seeds 3 --methods "${methods[@]}"
-run --tasks cifar100 --seeds 3 --methods lsg lsg-text lsg-random lsg-simplex lsg-pull
-# MINILM: the folder of a text encoder that knows what names mean, as all-MiniLM-L6-v2
-[ -z "${MINILM:-}" ] || run --tasks cifar100 --seeds 3 --methods lsg-minilm lsg-minilm-pull lsg-minilm-text
-run --tasks cifar100 satellite --seeds 3 --methods contrast contrast-stage1 contrast-gate contrast-random
-run --tasks darcy --seeds 3 --methods "${methods[@]}" "${voc[@]}"
-run --tasks spherical burgers1d diffusion_reaction1d --seeds 3 --methods "${methods[@]}"
-run --tasks shallow_water2d --seeds 3 --methods "${methods[@]}" "${voc[@]}"
-run --tasks advection1d --seeds 3 --methods mean input fourier
-run --tasks satellite --seeds 3 --methods boosting logistic
-run --tasks cifar100 spherical --seeds 3 --methods convnet
+# ---- 1,000 samples: all methods, then what a detail is worth
+images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15")
+series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
+run "${images[@]}" --methods "${methods[@]}" "${contrast[@]}" contrast-stage1-e20 contrast-e20
+run "${series[@]}" --methods "${methods[@]}" contrast-stage1
+run "${images[@]}" --methods naive-random orca-random mona-random pare-random
+run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
+run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise
+run "${series[@]}" --methods boosting logistic
+run -2000 --tasks cifar100 --n-train 2000 --options="--steps-per-epoch 30" --methods naive norms lora
+
+# ---- the default budget
+run "" --tasks advection1d satellite --methods "${methods[@]}"
+run "" --tasks cifar100 --methods "${methods[@]}" "${names[@]}"
+run "" --tasks cifar100 satellite --methods "${contrast[@]}"
+run "" --tasks darcy --methods "${methods[@]}" "${voc[@]}"
+run "" --tasks spherical burgers1d diffusion_reaction1d --methods "${methods[@]}"
+run "" --tasks shallow_water2d --methods "${methods[@]}" "${voc[@]}"
+run "" --tasks advection1d --methods mean input fourier
+run "" --tasks satellite --methods boosting logistic
+run "" --tasks cifar100 spherical --methods convnet
