@@ -7,6 +7,8 @@ the imported method file before it runs. `tools/reproduce.py` runs both and writ
 import os
 from dataclasses import replace
 
+import torch
+
 MINILM = os.environ.get("MINILM", "minilm")
 METHODS = {
     "pare": "pare.py",
@@ -46,6 +48,7 @@ METHODS = {
     "orca-random": "orca.py --init random",
     "mona-random": "mona.py --init random",
     "naive-random": "finetune.py --mode naive --init random",
+    "naive-bias": "finetune.py --mode naive",  # 1D: the projection starts with a bias (why ORCA helps on series)
     "naive-80": "finetune.py --mode naive --epochs 80",  # tiny scale: encodes as many samples as PaRe in 40 epochs
     "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 3.4 times the work
     # ---- MoNA: its constants, of which the text gives none (docs/mona.md)
@@ -109,6 +112,18 @@ def freeze(*parts):
     return patch
 
 
+def start_with_bias(method):
+    """LayerNorm(w x + b) of one value x, b = 0, keeps only the sign of x. b = 0.1: tokens vary as after ORCA's stage 1."""
+    make = method.common.make_embedder
+
+    def made(*args):
+        embedder = make(*args)
+        torch.nn.init.uniform_(embedder.project.bias, -0.1, 0.1)
+        return embedder
+
+    method.common.make_embedder = made
+
+
 def choose_on_test(method):
     load = method.data.load
 
@@ -126,5 +141,6 @@ PATCHES = {
     "orca-freeze-embedder": freeze("embedder"),
     "orca-freeze-encoder": freeze("encoder"),
     "orca-freeze-both": freeze("embedder", "encoder"),
+    "naive-bias": start_with_bias,
     "naive-test": choose_on_test,
 }
