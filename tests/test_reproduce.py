@@ -11,8 +11,10 @@ import torch
 from helpers import ended, fork
 from safetensors.torch import load_file
 
+import common
 import data
 from tools import references, reproduce
+from tools.variants import PATCHES
 
 
 def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path):
@@ -89,6 +91,19 @@ def test_a_variant_differs_from_its_method_in_what_it_says(tmp_path):
     assert all(torch.equal(value, after[key]) for key, value in aligned.items())
     row = json.loads((tmp_path / "naive-test/cifar100-naive-tiny-swin-s0-toy/result.json").read_text())
     assert row["val"] == row["test"]
+
+
+def test_a_bias_lets_amplitudes_pass_and_shuffled_labels_are_the_same_labels():
+    x, make = torch.rand(8, 1, 46) + 0.1, lambda *shape: common.Embedder1d(*shape)
+    finetune = SimpleNamespace(common=SimpleNamespace(make_embedder=make))
+    PATCHES["naive-bias"](finetune)
+    apart = lambda embedder: (embedder(x) - embedder(x.flip(0))).norm() / embedder(x).norm()
+    assert apart(make(1, 46, 128)) < 1e-3 and apart(finetune.common.make_embedder(1, 46, 128)) > 0.05
+    orca = SimpleNamespace(align=lambda *given: given)
+    PATCHES["orca-shuffled"](orca)
+    *before, y_t, args = orca.align("embedder", "u_s", "y_s", "train", torch.arange(50), "args")
+    assert (before, args) == (["embedder", "u_s", "y_s", "train"], "args")
+    assert sorted(y_t.tolist()) == list(range(50)) != y_t.tolist()
 
 
 def test_runs_of_other_options_are_not_taken_for_these_and_toys_not_for_real_data(script, tmp_path):

@@ -75,6 +75,7 @@ METHODS = {
     "orca-e60": "orca.py --embedder-epochs 60",
     "orca-proxy": "orca.py --source tiny_imagenet",
     "orca-proxy1d": "orca.py --source conll2000",
+    "orca-shuffled": "orca.py",  # stage 1 with the target's labels in random order
     "orca-freeze-embedder": "orca.py",  # stage 2 only
     "orca-freeze-encoder": "orca.py",
     "orca-freeze-both": "orca.py",
@@ -124,6 +125,15 @@ def start_with_bias(method):
     method.common.make_embedder = made
 
 
+def shuffle_labels(orca):
+    align = orca.align
+
+    def shuffled(embedder, u_s, y_s, train, y_t, *rest):
+        return align(embedder, u_s, y_s, train, y_t[torch.randperm(len(y_t))], *rest)
+
+    orca.align = shuffled
+
+
 def choose_on_test(method):
     load = method.data.load
 
@@ -138,6 +148,7 @@ def choose_on_test(method):
 PATCHES = {
     "pare-highest": highest,
     "pare-frozen-gate": frozen_gate,
+    "orca-shuffled": shuffle_labels,
     "orca-freeze-embedder": freeze("embedder"),
     "orca-freeze-encoder": freeze("encoder"),
     "orca-freeze-both": freeze("embedder", "encoder"),
