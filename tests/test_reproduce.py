@@ -98,7 +98,7 @@ def test_a_bias_lets_amplitudes_pass_and_shuffled_labels_are_the_same_labels():
     finetune = SimpleNamespace(common=SimpleNamespace(make_embedder=make))
     PATCHES["naive-bias"](finetune)
     apart = lambda embedder: (embedder(x) - embedder(x.flip(0))).norm() / embedder(x).norm()
-    assert apart(make(1, 46, 128)) < 1e-3 and apart(finetune.common.make_embedder(1, 46, 128)) > 0.05
+    assert apart(make(1, 46, 128)) < 0.01 and apart(finetune.common.make_embedder(1, 46, 128)) > 0.05
     orca = SimpleNamespace(align=lambda *given: given)
     PATCHES["orca-shuffled"](orca)
     *before, y_t, args = orca.align("embedder", "u_s", "y_s", "train", torch.arange(50), "args")
