@@ -77,6 +77,8 @@ class Embedder1d(nn.Module):
 
     RoBERTa adds its positions before its LayerNorm; the official codes' target embedder adds them after, and so does this.
     Starts random as they do: Xavier-uniform with gain sqrt(2), zero bias; the positions normal(0, 0.02), as RoBERTa's did.
+    LayerNorm(w x) does not depend on the size of x: a token of one value knows its sign only until the bias is trained
+    (docs/why-orca.md).
 
     Args:
         channels, length: C and L of the signals.

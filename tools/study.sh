@@ -21,10 +21,11 @@ names=(lsg lsg-text lsg-random lsg-simplex lsg-pull ${MINILM:+lsg-minilm lsg-min
 voc=(--options="--source cifar10") # PaRe's source on fields: VOC, the published one, was not available
 
 # ---- 1,000 samples: all methods, then what a detail is worth
-images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15")
+images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15 --lr 1e-3")
 series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
-run "${images[@]}" --methods "${methods[@]}" "${contrast[@]}" contrast-stage1-e20 contrast-e20
-run "${series[@]}" --methods "${methods[@]}" contrast-stage1
+run "${images[@]}" --methods "${methods[@]}" contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random
+run "${series[@]}" --methods naive orca naive-bias orca-shuffled contrast-stage1
+run "${series[@]}" --methods "${methods[@]}"
 run "${images[@]}" --methods naive-random orca-random mona-random pare-random
 run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
 run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise

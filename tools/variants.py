@@ -29,7 +29,8 @@ METHODS = {
     "contrast-stage1": "contrast.py --k-begin 0",  # to be compared with naive
     "contrast-stage1-e20": "contrast.py --k-begin 0 --contrast-epochs 20",
     "contrast-stage2": "contrast.py --contrast-epochs 0",
-    "contrast-e20": "contrast.py --contrast-epochs 20",
+    "contrast-stage2-gate": "contrast.py --contrast-epochs 0 --scores gate",
+    "contrast-stage2-random": "contrast.py --contrast-epochs 0 --scores random",
     "contrast-embedder": "contrast.py --features embedder",
     "contrast-freeze-embedder": "contrast.py --freeze-embedder",
     **{f"contrast-{scores}": f"contrast.py --scores {scores}" for scores in ("received", "gate", "random")},
