@@ -44,6 +44,12 @@ def test_a_finished_run_answers_as_in_readme(tmp_path, monkeypatch):
     assert names["answers"].shape == (9, 6) and np.array_equal(names["answers"], np.load("answers.npy"))
 
 
+def test_the_embedder_loses_sizes_as_the_docs_say(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/why-orca.md").read_text(), re.S)
+    exec(example, {})
+    assert float(capsys.readouterr().out) < 0.01
+
+
 def test_every_equation_is_on_the_line_that_the_table_names():
     rows = re.findall(r"\| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \| `(.+)` \|", README)
     assert len(rows) > 20
@@ -53,48 +59,34 @@ def test_every_equation_is_on_the_line_that_the_table_names():
         assert (file, number) == (link, anchor) and int(number) in now, f"{file}: {code!r} is on {now}, not {number}"
 
 
-def measured():
-    return reproduce.collect("no runs", ROOT / "docs/results-unconverged.csv")
+def measured(study):
+    return reproduce.collect("no runs", ROOT / f"docs/results{study}.csv")
 
 
-def test_the_table_of_results_is_that_of_results_csv(capsys):
-    tasks = re.search(r"^\| method \| (.+) \|$", README[README.index("## Results") :], re.M)[1].split(" | ")
-    rows = [row for task in tasks for row in measured() if row["task"] == task]
-    assert all(len({row["seed"] for row in rows if row["task"] == task}) >= 5 for task in tasks)
-    reproduce.overview(rows)
-    assert capsys.readouterr().out.strip() in README
-
-
-def test_the_numbers_below_the_table_are_those_of_results_csv():
-    mean = lambda task, method: np.mean([row["test"] for row in reproduce.of(measured(), task=task, method=method)])
-    darcy, water, satellite = mean("darcy", "naive-20"), mean("shallow_water2d", "naive-20"), mean("satellite", "naive-long")
-    text = README.replace("\n  ", " ")
-    assert f"{darcy:.3f} on darcy and {water:.3f} on shallow water" in text and f"{satellite:.3f} on satellite" in text
-    gain = {t: mean(t, "naive") - mean(t, "mona") for t in ("satellite", "darcy", "shallow_water2d")}
-    orca, mona = mean("satellite", "naive") - mean("satellite", "orca"), gain["satellite"]
-    shares = sorted(gain[task] / mean(task, "naive") for task in ("darcy", "shallow_water2d"))
-    first = f"ORCA by {100 * orca:.0f} points on satellite series, MoNA by {100 * mona:.0f} there"
-    assert f"{first} and by {100 * shares[0]:.0f} and {100 * shares[1]:.0f} % on 2D fields" in text
-
-
-def test_every_table_of_a_task_in_the_docs_is_that_of_results_csv(capsys):
-    text, rows = (ROOT / "docs/results-unconverged.md").read_text(), measured()
-    shown = re.findall(r"^(\w+): .+ data, .+ training samples$", text, re.M)
-    assert len(shown) >= 9
-    for task in shown:
-        reproduce.table(rows, task)
-        assert capsys.readouterr().out.strip() in text, (
-            f"{task}: the table is another than that of docs/results-unconverged.csv"
-        )
+SEVERAL = "pare orca mona recraft contrast naive warmup frozen lora norms scratch"
 
 
 @pytest.mark.parametrize(
-    "section, file, n_train, methods",
-    [("LSG: what names are worth", "results", 10_000, 7), ("LoRA, LayerNorms and naive", "results-2000", 2000, 3),
-     ("What the slides' proposal is worth", "results-1000", 1000, 5)],
+    "file, study, methods",
+    [("README.md", "-1000", [SEVERAL]), ("docs/results.md", "-1000", [None, None]),
+     ("docs/why-orca.md", "-1000", ["orca naive naive-bias orca-shuffled"]),
+     ("docs/results-unconverged.md", "-unconverged", [None] * 9)],
+)  # fmt: skip
+def test_every_table_of_a_task_is_that_of_its_rows(file, study, methods, capsys):
+    text, rows = (ROOT / file).read_text(), measured(study)
+    shown = re.findall(r"^((\w+): .+ data, .+ training samples\n\n(?:\|.*\n)+)", text, re.M)
+    assert len(shown) == len(methods)
+    for (block, task), those in zip(shown, methods, strict=True):  # None: all that have rows
+        reproduce.table([row for row in rows if those is None or row["method"] in those.split()], task)
+        assert capsys.readouterr().out.strip() == block.strip(), f"{task} of {file}: not the table of results{study}.csv"
+
+
+@pytest.mark.parametrize(
+    "section, study, n_train, methods",
+    [("LSG: what names are worth", "", 10_000, 7), ("LoRA, LayerNorms and naive", "-2000", 2000, 3)],
 )
-def test_a_comparison_with_naive_is_that_of_its_rows(section, file, n_train, methods):
-    rows = reproduce.of(reproduce.collect("no runs", ROOT / f"docs/{file}.csv"), task="cifar100", n_train=n_train)
+def test_a_comparison_with_naive_is_that_of_its_rows(section, study, n_train, methods):
+    rows = reproduce.of(measured(study), task="cifar100", n_train=n_train)
     rows.sort(key=lambda row: row["seed"])
     error = lambda method, which: np.array([row[which] for row in reproduce.of(rows, method=method)])
     text = (ROOT / "docs/results.md").read_text().split(f"## {section}")[1].split("\n## ")[0]
@@ -108,7 +100,7 @@ def test_a_comparison_with_naive_is_that_of_its_rows(section, file, n_train, met
 
 
 def test_every_mean_and_spread_in_the_docs_is_one_of_results_csv():
-    rows, text = measured(), (ROOT / "docs/results-unconverged.md").read_text()
+    rows, text = measured("-unconverged"), (ROOT / "docs/results-unconverged.md").read_text()
     text = text[: text.index("## More samples")]  # its runs are of earlier commits, and not in the file
     groups = {}
     for row in rows:
@@ -132,8 +124,8 @@ def test_the_table_of_learning_rates_is_that_of_rates_csv():
 
 
 def test_nothing_is_left_to_be_filled_in():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        assert not re.search(r"\b[A-Z]+_(TEXT|TABLE|ROWS|SECTION|SAT)\b", path.read_text()), path.name
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.py")]:
+        assert not re.search(r"\b[A-Z0-9]+_(TEXT|TABLE|ROWS|SECTION|BIAS|ROLLOUT|RANDOM)\b", path.read_text()), path.name
 
 
 def test_links_lead_somewhere():

@@ -32,6 +32,8 @@ def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path
     assert script(*command, *known, out=tmp_path / "lost") == table and not list((tmp_path / "lost").glob("*/*/result.json"))
     assert (tmp_path / "lost/results.csv").read_text() == (tmp_path / "results.csv").read_text()
     reproduce_args = SimpleNamespace(n_train=32, options="--epochs 1")
+    script(*command[:-1], "--options=--epochs 2", *known, out=tmp_path / "other")  # other options replace the rows
+    assert {row["epochs"] for row in csv.DictReader((tmp_path / "other/results.csv").open())} == {"2"}
     assert {row["options"] for row in rows} == {reproduce.options_of(vars(reproduce_args))} == {"--n-train 32 --epochs 1"}
 
 

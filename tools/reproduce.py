@@ -193,7 +193,7 @@ def read(file):
 def collect(out_dir, known=""):
     """The rows of results.csv: the finished runs in `out_dir` and the folders of variants; real data replace toys.
 
-    known: a results.csv, whose rows come first.
+    known: a results.csv, whose rows come first, unless a run has other options.
     """
     rows, numbers = {}, {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int}
     note = Path(out_dir) / "options.json"
@@ -207,8 +207,8 @@ def collect(out_dir, known=""):
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
         row = read(file)
         key = row["task"], row["method"], row["seed"]
-        if key not in rows or rows[key]["data"] == "toy":
-            row["options"] = options_of(chosen[row["task"]]) if row["task"] in chosen else ""
+        row["options"] = options_of(chosen[row["task"]]) if row["task"] in chosen else ""
+        if key not in rows or rows[key]["data"] == "toy" or rows[key]["options"] != row["options"]:
             rows[key] = {name: row.get(name) for name in COLUMNS}
     return list(rows.values())
 
@@ -249,13 +249,13 @@ def pairs(rows, task, method, base, which="test_last"):
 
 
 def apart(rows, task, method, base="naive"):
-    """Two cells: difference to the base at the last epoch, same seeds, mean ± std, and p of the paired t test."""
+    """Two cells: difference to the base at the last epoch, same seeds, mean ± std, and p of the paired t test (3 or more)."""
     ours, theirs = pairs(rows, task, method, base)
     if method == base or len(ours) < 2:
         return " | "
     d = [a - b for a, b in zip(ours, theirs, strict=True)]
-    p = ttest_rel(ours, theirs).pvalue if len(set(d)) > 1 else float(not any(d))
-    return f"{statistics.mean(d):+.4f} ± {statistics.stdev(d):.4f} | {p:.2g}"
+    p = f"{ttest_rel(ours, theirs).pvalue:.2g}" if len(d) > 2 and len(set(d)) > 1 else ""
+    return f"{statistics.mean(d):+.4f} ± {statistics.stdev(d):.4f} | {p}"
 
 
 def table(rows, task):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of models that have learned: bash tools/study.sh DATA_DIR OUT_DIR
 #
-# First with 1,000 samples (a run takes 2 to 15 minutes on one thread), then at the default budget (10 minutes to an hour). Two
+# First with 1,000 samples (a run takes 2 to 12 minutes on one thread), then at the default budget (10 minutes to an hour). Two
 # runs at a time, of one thread each; all of them take some days. It may be stopped at any time: finished runs are skipped, an
 # interrupted one resumes, and a run whose row is in docs/results*.csv is not repeated even if its folder is lost. The most
 # important runs come first.
@@ -26,7 +26,7 @@ series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
 run "${images[@]}" --methods "${methods[@]}" contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random
 run "${series[@]}" --methods naive orca naive-bias orca-shuffled contrast-stage1
 run "${series[@]}" --methods "${methods[@]}"
-run "${images[@]}" --methods naive-random orca-random mona-random pare-random
+run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
 run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
 run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise
 run "${series[@]}" --methods boosting logistic

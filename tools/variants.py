@@ -27,6 +27,7 @@ METHODS = {
     "recraft-freeze-embedder": "recraft.py --freeze-embedder",  # R2
     # ---- contrast: stage 1 alone, stage 2 alone, and what the slides leave open (C5, C9)
     "contrast-stage1": "contrast.py --k-begin 0",  # to be compared with naive
+    "contrast-stage1-init-random": "contrast.py --k-begin 0 --init random",  # C7, to be compared with naive-random
     "contrast-stage1-e20": "contrast.py --k-begin 0 --contrast-epochs 20",
     "contrast-stage2": "contrast.py --contrast-epochs 0",
     "contrast-stage2-gate": "contrast.py --contrast-epochs 0 --scores gate",
@@ -76,7 +77,7 @@ METHODS = {
     "orca-e60": "orca.py --embedder-epochs 60",
     "orca-proxy": "orca.py --source tiny_imagenet",
     "orca-proxy1d": "orca.py --source conll2000",
-    "orca-shuffled": "orca.py",  # stage 1 with the target's labels in random order
+    "orca-shuffled": "orca.py",  # stage 1 with the target's labels in another, random order, the same in all steps
     "orca-freeze-embedder": "orca.py",  # stage 2 only
     "orca-freeze-encoder": "orca.py",
     "orca-freeze-both": "orca.py",
@@ -115,7 +116,7 @@ def freeze(*parts):
 
 
 def start_with_bias(method):
-    """LayerNorm(w x + b) of one value x, b = 0, keeps only the sign of x. b = 0.1: tokens vary as after ORCA's stage 1."""
+    """1D only: LayerNorm(w x) of one value x keeps its sign alone. With b up to 0.1 tokens vary as after ORCA's stage 1."""
     make = method.common.make_embedder
 
     def made(*args):
