@@ -99,6 +99,22 @@ def test_a_comparison_with_naive_is_that_of_its_rows(section, study, n_train, me
         assert len(apart) == int(n) and more == ("" if method == "naive" else f"{apart.mean():+.1f} ± {apart.std(ddof=1):.1f}")
 
 
+def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
+    readme, results, why = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/why-orca.md"))
+    rows, at_3e3 = measured("-1000"), reproduce.of(reproduce.collect("no runs", ROOT / "docs/rates-1000.csv"), lr="0.003")
+
+    def points(task, method, base="naive"):
+        d = 100 * np.subtract(*reproduce.pairs(rows, task, method, base))
+        return f"{abs(d.mean()):.1f} ± {d.std(ddof=1):.1f}"
+
+    assert f"by {points('satellite', 'orca')} points" in readme
+    assert f"worth {points('satellite', 'naive-bias')} points, ORCA {points('satellite', 'orca')}." in why
+    assert f"rollout is {points('cifar100', 'contrast-stage2', 'contrast-stage2-random')} points worse" in results
+    assert f"as well) {points('cifar100', 'pare', 'contrast-stage2-random')} points better" in results
+    for these, method in ((at_3e3, "contrast-stage1"), (at_3e3, "contrast-stage1-e20"), (rows, "contrast-stage1")):
+        assert f"| {reproduce.apart(these, 'cifar100', method).split(' | ')[0]}, fine-tuned at " in results
+
+
 def test_every_mean_and_spread_in_the_docs_is_one_of_results_csv():
     rows, text = measured("-unconverged"), (ROOT / "docs/results-unconverged.md").read_text()
     text = text[: text.index("## More samples")]  # its runs are of earlier commits, and not in the file
