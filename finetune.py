@@ -14,7 +14,8 @@
 
 Measured at an earlier budget, not converged (real images projected here, tiny scale, 5,000 samples, 12 epochs of 156 steps,
 3 seeds): test error 0.864 ± 0.004 (naive) and 0.929 ± 0.002 (scratch). Converged, cifar100, 2,000 images, 1,200 steps, last
-epoch, 3 seeds: 0.735 ± 0.007 (naive), 0.686 ± 0.007 (norms), 0.714 ± 0.011 (lora). docs/results.md has the commands.
+epoch, 3 seeds: 0.735 ± 0.007 (naive; 0.719 ± 0.005 at lr 1e-3), 0.686 ± 0.007 (norms), 0.714 ± 0.011 (lora). docs/results.md
+has the commands.
 
 All modes share the recipe of ORCA's configuration, and the option --init: in ORCA's release the naive baseline also starts
 from another embedder than ORCA, which is worth more than most methods. `--as-released` reproduces that start:
