@@ -171,8 +171,8 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         encode: samples (B, ...) to tokens (B, n, F), whose mean is z.
         train: the target's training samples, a data.Split. y (len(train),): their classes or pseudo-labels.
         progress: wraps the epochs. rank: the number of this process, each draws its own noise.
-    Returns: a row for each epoch, the first before any step: loss of a fixed batch of views, as many as in a step; mean cosine
-        of fixed samples without noise with equal labels, and of others; seconds.
+    Returns: a row for each epoch, the first before any step: loss of a fixed batch of views; mean cosine of fixed samples
+        without noise with equal labels, and of others; seconds.
     Raises: UserError if a loss is not finite; as printed, it may be undefined.
     """
     parameters, n, rows = list(embedder.parameters()), len(train), []

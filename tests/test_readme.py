@@ -45,7 +45,7 @@ def test_a_finished_run_answers_as_in_readme(tmp_path, monkeypatch):
 
 
 def test_the_embedder_loses_sizes_as_the_docs_say(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/why-orca.md").read_text(), re.S)
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs/why-orca.md").read_text(), re.S)[1]
     exec(example, {})
     assert float(capsys.readouterr().out) < 0.01
 
@@ -63,12 +63,12 @@ def measured(study):
     return reproduce.collect("no runs", ROOT / f"docs/results{study}.csv")
 
 
-SEVERAL = "pare orca mona recraft contrast naive warmup frozen lora norms scratch"
+EVERY_METHOD = "pare orca mona recraft contrast naive warmup frozen lora norms scratch"
 
 
 @pytest.mark.parametrize(
     "file, study, methods",
-    [("README.md", "-1000", [SEVERAL]), ("docs/results.md", "-1000", [None, None]),
+    [("README.md", "-1000", [EVERY_METHOD]), ("docs/results.md", "-1000", [None, None]),
      ("docs/why-orca.md", "-1000", ["orca naive naive-bias orca-shuffled"]),
      ("docs/results-unconverged.md", "-unconverged", [None] * 9)],
 )  # fmt: skip

@@ -2,19 +2,22 @@
 
 import csv
 import dataclasses
+import importlib
 import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from helpers import ended, fork
 from safetensors.torch import load_file
 
 import common
 import data
 from tools import references, reproduce
-from tools.variants import PATCHES
+from tools.variants import METHODS, PATCHES
 
 
 def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path):
@@ -93,6 +96,13 @@ def test_a_variant_differs_from_its_method_in_what_it_says(tmp_path):
     assert all(torch.equal(value, after[key]) for key, value in aligned.items())
     row = json.loads((tmp_path / "naive-test/cifar100-naive-tiny-swin-s0-toy/result.json").read_text())
     assert row["val"] == row["test"]
+
+
+def test_every_variant_is_a_command_line_that_its_method_knows():
+    for command in set(METHODS.values()):
+        file, *own = shlex.split(command)
+        args = tyro.cli(importlib.import_module(file.removesuffix(".py")).Args, args=["--task", "satellite", *own])
+        assert args.task == "satellite", command
 
 
 def test_a_bias_lets_amplitudes_pass_and_shuffled_labels_are_the_same_labels():

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.ticker import LogLocator
 from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
@@ -369,6 +370,10 @@ def budget(args):
             print(f"| {task} | {name} | {result['steps']:,} | {result['seconds'] / 60:.0f} | {last:.4f} |",
                   f"{1 - last / before:.0%} | {result['test']:.4f} |")  # fmt: skip
         axis.set(xlabel="optimizer steps", yscale="log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6, 8)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
         axis.set_title(f"{task}: {curves_of[0][3]['metric']} on validation", fontsize=11)
         axis.legend(fontsize=7, frameon=False)
     plain(*axes[0])
