@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import pickle
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 import cli
 import common
-from tools import figures, reproduce
+from tools import figures
 
 
 @pytest.fixture(scope="module")
@@ -145,43 +144,6 @@ def test_discrepancy_is_drawn_for_the_tasks_asked_for(use, runs, monkeypatch, tm
     assert all(len(values) == 2 and 0 < min(values) <= max(values) < 1 for values in found.values())
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Finished runs of the variants, by their results alone: error 0.1 i for method i, ± 0.01 over two seeds."""
-
-    def write(methods):
-        for i, method in enumerate(methods):
-            monkeypatch.setitem(reproduce.METHODS, method, "")
-            for seed in range(2):
-                row = {"task": "cifar100", "method": method.split("-")[0], "seed": seed, "metric": "error"}
-                row |= {"test": 0.1 * i + 0.02 * seed, "source": "voc" if "proxy" in method else "cifar10"}
-                folder = tmp_path / "all" / (method if "-" in method else "") / f"cifar100-{method}-s{seed}"
-                folder.mkdir(parents=True)
-                (folder / "result.json").write_text(json.dumps(row))
-        return tmp_path / "all"
-
-    return write
-
-
-def test_gate_reads_the_runs_by_their_share(use, table):
-    methods = ["pare", "pare-k0.2", "pare-k0.4", "pare-chance", "pare-chance0.2", "pare-chance0.9", "pare-random", "naive"]
-    found = use("gate", "--task", "cifar100", "--out-dir", table(methods))
-    means = {name: {share: round(mean, 6) for share, (mean, _) in groups.items()} for name, groups in found.items()}
-    assert means == {"the gate": {0.2: 0.11, 0.4: 0.21, 0.64: 0.01}, "chance": {0.2: 0.41, 0.64: 0.31, 0.9: 0.51}}
-    assert found["chance"][0.9][1] == pytest.approx(0.02 / 2**0.5)
-
-
-def test_ablation_reads_the_runs_of_its_panels(use, table):
-    methods = ["naive", "orca", "orca-e5", "orca-proxy", "orca-freeze-both", "orca-random", "pare"]
-    found = use("ablation", "--task", "cifar100", "--out-dir", table(methods))
-    means = {title: {name: round(mean, 6) for name, (mean, _) in groups.items()} for title, groups in found.items()}
-    assert means == {
-        "embedder epochs": {"0": 0.01, "5": 0.21, "20": 0.11},
-        "source of the embedder training": {"none": 0.01, "cifar10": 0.11, "voc": 0.31},
-        "frozen in stage 2": {"nothing": 0.11, "both": 0.41},
-    }
-
-
 def test_forgetting_varies_one_thing_in_each_panel(use, monkeypatch):
     def probes(args):
         for task, epochs, variant, error in (
@@ -199,20 +161,6 @@ def test_forgetting_varies_one_thing_in_each_panel(use, monkeypatch):
         "by epochs": {"12": 0.45, "24": 0.6},
         "by method": {"naive": 0.45, "mona": 0.3},
     }
-
-
-def test_curves_groups_the_seeds_of_a_method(use, runs):
-    groups = use("curves", runs / PARE, runs / NAIVE, runs / PARE)
-    assert {name: len(histories) for name, histories in groups.items()} == {"pare": 2, "naive": 1}
-    lines = [json.loads(line) for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
-    assert groups["naive"] == [lines] and len(lines) == 2
-
-
-def test_budget_shows_how_far_training_has_levelled_off(use, runs, capsys):
-    found = use("budget", runs / PARE, runs / NAIVE)
-    val = [json.loads(line)["val"] for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
-    line = next(line for line in capsys.readouterr().out.splitlines() if "naive, batch" in line)
-    assert [len(names) for names in found.values()] == [2] and f"| {min(val):.4f} | {1 - min(val) / min(val[:2]):.0%} |" in line
 
 
 @pytest.mark.matrix
@@ -234,10 +182,7 @@ def test_mistakes_are_told(use, runs, tmp_path):
         ("path", [runs / NAIVE], "is a run of naive; path needs one of pare"),
         ("path", [], "needs 1 of the folders of finished runs; 0 given"),
         ("landscape", [runs / NAIVE], "needs 2 of the folders of finished runs; 1 given"),
-        ("curves", [tmp_path], "holds no finished run"),
         ("forgetting", [runs / PARE], "differ in their task"),
-        ("gate", ["--out-dir", tmp_path], "no finished run of spherical"),
-        ("ablation", ["--task", "darcy", "--out-dir", runs], "no finished run of darcy"),
     ):
         with pytest.raises(cli.UserError, match=message):
             use(what, *words, data_dir="data")

@@ -2,8 +2,6 @@
 
     python tools/figures.py idea                  the idea of PaRe on a toy image
     python tools/figures.py pde                   one simulated sample of each PDE task
-    python tools/figures.py curves RUN...         training loss and validation metric over the epochs
-    python tools/figures.py budget RUN...         validation metric over the optimizer steps, a panel for each task
 
 Figures of the PaRe paper (RUN: a run of pare.py, except for landscape):
 
@@ -11,7 +9,6 @@ Figures of the PaRe paper (RUN: a run of pare.py, except for landscape):
     python tools/figures.py path RUN              1b: distance of intermediate samples to the source and to the target
     python tools/figures.py embeddings RUN        1c: t-SNE of source, intermediate and target samples
     python tools/figures.py patches RUN           4: the patches that the gate keeps
-    python tools/figures.py gate                  5: gate against random selection, from the runs in --out-dir
 
 Figures of the MoNA paper: how much knowledge of the source, CIFAR-10, is left after a run
 
@@ -23,10 +20,6 @@ Figures of the MoNA paper: how much knowledge of the source, CIFAR-10, is left a
 Of the slides' proposal, on test images of CIFAR-100, without a run:
 
     python tools/figures.py scores                which scores find the patches that matter, as a table
-
-Figure of "What explains the success of cross-modal fine-tuning with ORCA?":
-
-    python tools/figures.py ablation              embedder epochs, source, frozen parts, from the runs in --out-dir
 """
 
 import itertools
@@ -37,7 +30,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -45,7 +37,6 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from matplotlib.ticker import LogLocator
 from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
@@ -60,16 +51,15 @@ import common
 import data
 import pare
 from tasks import images, pde, toys
-from tools.reproduce import collect, of, read, spread
-
-matplotlib.use("Agg")
+from tools.charts import COLOURS, MANY, SOURCE, TARGET, dispatch, dots, finished, plain, save
+from tools.reproduce import spread
 
 
 @dataclass(frozen=True)
 class Args:
     what: Annotated[
-        Literal["idea", "pde", "curves", "budget", "landscape", "path", "embeddings", "patches", "gate",
-                "probe", "source", "forgetting", "discrepancy", "scores", "ablation"],
+        Literal["idea", "pde", "landscape", "path", "embeddings", "patches", "probe", "source", "forgetting", "discrepancy",
+                "scores"],
         tyro.conf.Positional,
     ]  # fmt: skip
     """the figure or measurement"""
@@ -80,34 +70,13 @@ class Args:
     out: str = str(ROOT / "docs")
     """output folder; the file name is WHAT.png"""
     out_dir: str = "runs"
-    """gate, ablation: runs of tools/reproduce.py. discrepancy: prepared data are written to its cache/"""
-    task: str = "spherical"
-    """gate, ablation: task of the runs"""
+    """discrepancy: prepared data are written to its cache/"""
 
 
 PICK_S, PICK_T = 10, 16  # indices of the toy images
 SIDE, PATCH = 64, 8  # side of the image and of a patch in pixels: 8 x 8 patches
-SOURCE, TARGET = "#d1495b", "#00798c"
-COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a44a8b", "#8c6d46")  # of methods
 BETWEEN = LinearSegmentedColormap.from_list("between", [SOURCE, "#e3c9b8", TARGET])  # 0: source, 1: target
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#06313a", TARGET, "#9cc8cd", "#f6f1e7"])  # low to high loss
-
-
-def save(figure, args):
-    """Write the figure to --out as WHAT.png and print its path."""
-    path = Path(args.out) / f"{args.what}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    print(path)
-
-
-def plain(*axes, grid="both"):
-    """Light grid; no top and right spines."""
-    for axis in axes:
-        axis.grid(alpha=0.3, axis=grid)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,14 +190,6 @@ def fields(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def finished(run):
-    """The result.json of a run, with its "variant": the name of the method in tools/reproduce.py."""
-    if not (Path(run) / "result.json").exists():
-        raise cli.UserError(f"{run} holds no finished run (result.json is missing).\nGive the folder of a finished run.")
-    file = Path(run) / "result.json"
-    return json.loads(file.read_text()) | {"variant": read(file)["method"]}
-
-
 def weights(run):
     """The weights after the last epoch: embedder.*, encoder.*, predictor.*; for PaRe also gate.* and predictor_s.*"""
     net = torch.load(Path(run) / "last.pt", map_location="cpu", weights_only=True)["net"]
@@ -302,83 +263,6 @@ def draw_of_classes(split, n, classes, seed=0):
 def plane(x):
     """t-SNE, initialised by PCA, deterministic. (n, D) array -> (n, 2)"""
     return TSNE(init="pca", random_state=0).fit_transform(x)
-
-
-def dots(axis, groups, colour, x=None, line="none", label=None):
-    """Plot mean ± standard deviation of each group, at x or side by side.
-
-    Args:
-        groups: name -> list of values.
-    Returns: name -> (mean, standard deviation).
-    """
-    found = {name: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0) for name, values in groups.items()}
-    at = range(len(found)) if x is None else x
-    means, deviations = zip(*found.values(), strict=True)
-    axis.errorbar(at, means, deviations, marker="o", linestyle=line, color=colour, capsize=4, linewidth=1.6, label=label)
-    if x is None:
-        axis.set_xticks(at, [name.replace("_", "\n").replace("-", "\n") for name in found])
-        axis.set_xlim(-0.5, len(found) - 0.5)
-    plain(axis, grid="y")
-    return found
-
-
-def curves(args):
-    """Thin lines are runs, thick lines their mean over seeds; one colour per task and method. The loss of PaRe is a sum."""
-    groups, results = {}, [finished(run) for run in args.runs]
-    tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
-    for run, result in zip(args.runs, results, strict=True):
-        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        name = result["variant"] if len(tasks) == 1 else f"{result['task']}, {result['variant']}"
-        groups.setdefault(name, []).append([row for row in rows if "stage" not in row])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for i, (name, histories) in enumerate(groups.items()):
-        colour, shortest = COLOURS[i % len(COLOURS)], min(map(len, histories))
-        for axis, key in zip(axes, ("loss", "val"), strict=True):
-            values = [[row[key] for row in rows] for rows in histories]
-            for line in values if len(values) > 1 else ():
-                axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.35)
-            mean = np.mean([line[:shortest] for line in values], 0)  # (epochs,)
-            axis.plot(range(1, shortest + 1), mean, color=colour, linewidth=2, label=f"{name} ({len(values)})")
-    axes[0].set_title("training loss", fontsize=11)
-    axes[1].set_title(f"{metrics.pop() if len(metrics) == 1 else 'metric'} on validation", fontsize=11)
-    for axis in axes:
-        axis.set_xlabel("epoch")
-        axis.locator_params(axis="x", integer=True)
-    plain(*axes)
-    title = f"{', '.join(sorted(tasks))} (runs)" if len(tasks) == 1 else "task, method (runs)"
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title=title)
-    save(figure, args)
-    return groups
-
-
-def budget(args):
-    """Has training levelled off? Prints how much of the error the last fifth of each run took away."""
-    tasks = {}
-    for run in args.runs:
-        result, options = finished(run), json.loads((Path(run) / "args.json").read_text())
-        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        val = [row["val"] for row in rows if "stage" not in row]
-        steps = np.arange(1, len(val) + 1) * result["steps"] / len(val)
-        name = f"{result['variant']}, batch {options['batch_size']}, lr {options['lr']:g}, {result['n_train']:,} samples"
-        tasks.setdefault(result["task"], []).append((name, steps, val, result))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
-    print("| task | run | steps | minutes | validation | gain in the last fifth | test |\n|---|---|---|---|---|---|---|")
-    for axis, (task, curves_of) in zip(axes[0], tasks.items(), strict=True):
-        for colour, (name, steps, val, result) in zip(itertools.cycle(COLOURS), curves_of, strict=False):
-            axis.plot(steps, val, color=colour, linewidth=1.8, label=name)
-            before, last = min(val[: round(0.8 * len(val))]), min(val)
-            print(f"| {task} | {name} | {result['steps']:,} | {result['seconds'] / 60:.0f} | {last:.4f} |",
-                  f"{1 - last / before:.0%} | {result['test']:.4f} |")  # fmt: skip
-        axis.set(xlabel="optimizer steps", yscale="log")
-        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6, 8)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="y", which="minor", labelsize=7)
-        axis.set_title(f"{task}: {curves_of[0][3]['metric']} on validation", fontsize=11)
-        axis.legend(fontsize=7, frameon=False)
-    plain(*axes[0])
-    save(figure, args)
-    return {task: [name for name, *_ in curves_of] for task, curves_of in tasks.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,38 +453,6 @@ def chosen_patches(args, n=8):
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", color=colour, labelpad=8, fontsize=10)
     save(figure, args)
     return k, masks
-
-
-def rows_of(args):
-    """The results of the finished runs of the task in --out-dir."""
-    if rows := of(collect(args.out_dir), task=args.task):
-        return rows
-    raise cli.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive the --out-dir of tools/reproduce.py.")
-
-
-def errors(rows, methods):
-    """The test errors over seeds of `methods` (name -> method): name -> list of errors, without methods that have no run."""
-    found = {name: [row["test"] for row in of(rows, method=method)] for name, method in methods.items()}
-    return {name: values for name, values in found.items() if values}
-
-
-def gate(args):
-    """Test error over k0, for patches selected by the gate and at random."""
-    rows = rows_of(args)
-    default = data.find_task(args.task).recipes["pare"].k_begin
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    found = {}
-    for name, method, variant, colour in (("the gate", "pare", "pare-k", TARGET), ("chance", *2 * ("pare-chance",), "0.55")):
-        methods = {round(default, 2): method} | {share: f"{variant}{share}" for share in (0.2, 0.4, 0.9)}
-        groups = dict(sorted(errors(rows, methods).items()))
-        if not groups:
-            raise cli.UserError(f"{args.out_dir} has no run of {method}.\nRun tools/reproduce.py --methods {method} first.")
-        found[name] = dots(axis, groups, colour, x=list(groups), line="-", label=f"patches selected by {name}")
-    axis.set(xlabel="k0 / N, share of source patches in the first epoch", ylabel=f"test {rows[0]['metric']}")
-    axis.set_title(args.task, fontsize=11)
-    axis.legend(frameon=False)
-    save(figure, args)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -821,49 +673,17 @@ def scores_that_matter(args, n=500):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What explains ORCA
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def ablation(args):
-    """Test error of ORCA by number of embedder epochs, by source, and by the parts frozen in stage 2."""
-    rows = rows_of(args)
-    sources = {row["source"]: row["method"] for row in rows if row["method"] in ("orca", "orca-proxy", "orca-proxy1d")}
-    panels = {
-        "embedder epochs": {"0": "naive", "5": "orca-e5", "20": "orca", "60": "orca-e60"},  # tiny scale
-        "source of the embedder training": {"none": "naive", **sources},
-        "frozen in stage 2": {"nothing": "orca", "embedder": "orca-freeze-embedder", "encoder": "orca-freeze-encoder",
-                              "both": "orca-freeze-both"},
-    }  # fmt: skip
-    panels = {title: errors(rows, methods) for title, methods in panels.items()}
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharey=True)
-    found = {}
-    for axis, (title, groups), colour in zip(axes, panels.items(), (TARGET, SOURCE, COLOURS[4]), strict=True):
-        if groups:
-            found[title] = dots(axis, groups, colour, line="-" if title == "embedder epochs" else "none")
-        axis.set_title(title, fontsize=11)
-    axes[0].set_ylabel(f"{args.task}: test {rows[0]['metric']}")
-    save(figure, args)
-    return found
-
-
-MANY = 999
 # what: smallest and largest number of arguments after it, function
 COMMANDS = {
-    "idea": (0, 0, idea), "pde": (0, 0, fields), "curves": (1, MANY, curves), "budget": (1, MANY, budget),
-    "landscape": (2, 2, landscape), "path": (1, 1, path), "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches),
-    "gate": (0, 0, gate), "probe": (1, MANY, probe), "source": (1, MANY, source_features), "forgetting": (1, MANY, forgetting),
-    "discrepancy": (0, MANY, discrepancy), "scores": (0, 0, scores_that_matter), "ablation": (0, 0, ablation),
+    "idea": (0, 0, idea), "pde": (0, 0, fields), "landscape": (2, 2, landscape), "path": (1, 1, path),
+    "embeddings": (1, 1, embeddings), "patches": (1, 1, chosen_patches), "probe": (1, MANY, probe),
+    "source": (1, MANY, source_features), "forgetting": (1, MANY, forgetting), "discrepancy": (0, MANY, discrepancy),
+    "scores": (0, 0, scores_that_matter),
 }  # fmt: skip
 
 
 def main(args):
-    least, most, make = COMMANDS[args.what]
-    if not least <= len(args.runs) <= most:
-        wanted = f"{least}{' or more' * (most > least)}"
-        raise cli.UserError(f"{args.what} needs {wanted} of the folders of finished runs; {len(args.runs)} given.")
-    return make(args)
+    return dispatch(args, COMMANDS, args.runs, "the folders of finished runs")
 
 
 if __name__ == "__main__":

@@ -190,19 +190,25 @@ def read(file):
     return row | ({"method": variant} if "-" in variant and variant in METHODS else {})
 
 
+def read_results(path):
+    """The rows of a results.csv, with numbers where a row of `collect` has numbers."""
+    whole = lambda text: int(text) if text else None  # references take no steps
+    numbers = {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int, "steps": whole}
+    with open(path) as file:
+        return [{name: row.get(name) for name in COLUMNS} | {name: kind(row[name]) for name, kind in numbers.items()}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
 def collect(out_dir, known=""):
     """The rows of results.csv: the finished runs in `out_dir` and the folders of variants; real data replace toys.
 
     known: a results.csv, whose rows come first, unless a run has other options.
     """
-    rows, numbers = {}, {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int}
+    rows = {}
     note = Path(out_dir) / "options.json"
     chosen = json.loads(note.read_text()) if note.exists() else {}
     if known and Path(known).exists():
-        with open(known) as file:
-            for row in csv.DictReader(file):
-                row = {name: row.get(name) for name in COLUMNS} | {name: kind(row[name]) for name, kind in numbers.items()}
-                rows[row["task"], row["method"], row["seed"]] = row
+        rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)}
     variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
         row = read(file)

@@ -1,0 +1,168 @@
+"""The charts: each point is the mean of the runs that it names, and what cannot be compared is refused."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import tyro
+from helpers import here
+from PIL import Image
+
+import cli
+from tools import charts, reproduce
+
+PARE, NAIVE = "cifar100-pare-tiny-swin-s0-toy", "cifar100-naive-tiny-swin-s0-toy"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A toy run of PaRe and one of naive fine-tuning."""
+    out = tmp_path_factory.mktemp("runs")
+    few = ["--task", "cifar100", "--scale", "tiny", "--n-train", 64, "--epochs", 2]
+    here("pare", *few, out=out)
+    here("finetune", *few, out=out)
+    return out
+
+
+@pytest.fixture
+def use(tmp_path):
+    """Runs a command as the command line would; its picture is looked at. Returns what the chart shows."""
+
+    def run(what, *words):
+        found = charts.main(tyro.cli(charts.Args, args=[what, *map(str, words), "--out", str(tmp_path / "out")]))
+        pixels = np.asarray(Image.open(tmp_path / f"out/{what}.png").convert("L"))
+        assert pixels.std() > 5 and pixels.shape[1] < 1550
+        return found
+
+    return run
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Writes a results.csv: results(name, (task, method, seed, error at the last epoch, n_train, steps), ...)"""
+
+    def write(name, *rows):
+        path = tmp_path / name
+        with path.open("w") as file:
+            writer = csv.DictWriter(file, reproduce.COLUMNS)
+            writer.writeheader()
+            for task, method, seed, error, n_train, steps in rows:
+                row = {"task": task, "method": method, "seed": seed, "test": 9, "test_last": error, "metric": "error"}
+                writer.writerow(row | {"n_train": n_train, "steps": steps, "seconds": 1})
+        return path
+
+    return write
+
+
+def test_sizes_are_means_over_seeds_by_method_and_number_of_samples(use, results):
+    few = results("few.csv", ("a", "naive", 0, 0.8, 100, 50), ("a", "naive", 1, 0.9, 100, 50), ("a", "orca", 0, 0.5, 100, 50),
+                  ("a", "boosting", 0, 0.1, 100, ""), ("b", "naive", 0, 0.3, 100, 50))  # fmt: skip
+    many = results("many.csv", ("a", "orca", 0, 0.01, 1000, 90), ("a", "naive", 0, 0.7, 1000, 90),
+                   ("a", "boosting", 0, 0.1, 1000, ""), ("a", "pare", 0, 0.2, 1000, 90))  # fmt: skip
+    found = use("sizes", many, few)
+    assert found.keys() == {"a"} and list(found["a"]) == ["orca", "naive"]  # two sizes each; references take no steps
+    assert list(found["a"]["naive"]) == [100, 1000] and found["a"]["naive"][1000] == (0.7, 0)
+    assert found["a"]["naive"][100] == pytest.approx((0.85, 0.1 / 2**0.5))
+    assert found["a"]["orca"] == {100: (0.5, 0), 1000: (0.01, 0)}
+    assert use("sizes", many, few, "--methods", "pare")["a"] == {"pare": {1000: (0.2, 0)}}
+
+
+def test_compute_counts_what_a_method_encodes(use, results):
+    rows = [
+        ("a", method, 0, 0.5, 1000, steps) for steps in (40, 400) for method in ("pare", "naive", "mona", "orca", "recraft")
+    ]
+    found = use("compute", results("all.csv", *rows))["a"]
+    assert {method: list(at) for method, at in found.items()} == {
+        "pare": [80, 800],
+        "orca": [40, 400],  # the first stage trains the embedder alone
+        "mona": pytest.approx(
+            [40 + 2 * 10 / 3, 400 + 20 * 10 / 3]
+        ),  # 2 epochs of 1 or 10 steps, at ten passes instead of three
+        "naive": [40, 400],
+    }
+
+
+def test_start_pairs_a_method_with_its_random_start(use, results):
+    rows = [("a", "naive", 0, 0.5, 100, 9), ("a", "naive-random", 0, 0.6, 100, 9), ("a", "naive-random", 1, 0.8, 100, 9),
+            ("a", "contrast-stage1", 0, 0.7, 100, 9), ("a", "contrast-stage1-init-random", 0, 0.9, 100, 9),
+            ("a", "contrast", 0, 0.1, 100, 9), ("a", "contrast-random", 0, 0.2, 100, 9), ("a", "orca", 0, 0.3, 100, 9),
+            ("b", "pare", 0, 0.3, 100, 9)]  # fmt: skip
+    found = use("start", results("all.csv", *rows))  # contrast-random has random scores, not a random embedder
+    assert list(found) == ["a"] and found["a"]["copied"] == {"naive": (0.5, 0), "contrast-stage1": (0.7, 0)}
+    assert found["a"]["random"] == {"naive": pytest.approx((0.7, 0.2 / 2**0.5)), "contrast-stage1": (0.9, 0)}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Finished runs of the variants, by their results alone: error 0.1 i for method i, ± 0.01 over two seeds."""
+
+    def write(methods):
+        for i, method in enumerate(methods):
+            monkeypatch.setitem(reproduce.METHODS, method, "")
+            for seed in range(2):
+                row = {"task": "cifar100", "method": method.split("-")[0], "seed": seed, "metric": "error"}
+                row |= {"test": 0.1 * i + 0.02 * seed, "source": "voc" if "proxy" in method else "cifar10"}
+                folder = tmp_path / "all" / (method if "-" in method else "") / f"cifar100-{method}-s{seed}"
+                folder.mkdir(parents=True)
+                (folder / "result.json").write_text(json.dumps(row))
+        return tmp_path / "all"
+
+    return write
+
+
+def test_gate_reads_the_runs_by_their_share(use, table):
+    methods = ["pare", "pare-k0.2", "pare-k0.4", "pare-chance", "pare-chance0.2", "pare-chance0.9", "pare-random", "naive"]
+    found = use("gate", "--task", "cifar100", "--out-dir", table(methods))
+    means = {name: {share: round(mean, 6) for share, (mean, _) in groups.items()} for name, groups in found.items()}
+    assert means == {"the gate": {0.2: 0.11, 0.4: 0.21, 0.64: 0.01}, "chance": {0.2: 0.41, 0.64: 0.31, 0.9: 0.51}}
+    assert found["chance"][0.9][1] == pytest.approx(0.02 / 2**0.5)
+
+
+def test_ablation_reads_the_runs_of_its_panels(use, table):
+    methods = ["naive", "orca", "orca-e5", "orca-proxy", "orca-freeze-both", "orca-random", "pare"]
+    found = use("ablation", "--task", "cifar100", "--out-dir", table(methods))
+    means = {title: {name: round(mean, 6) for name, (mean, _) in groups.items()} for title, groups in found.items()}
+    assert means == {
+        "embedder epochs": {"0": 0.01, "5": 0.21, "20": 0.11},
+        "source of the embedder training": {"none": 0.01, "cifar10": 0.11, "voc": 0.31},
+        "frozen in stage 2": {"nothing": 0.11, "both": 0.41},
+    }
+
+
+def test_curves_groups_the_seeds_of_a_method(use, runs):
+    groups = use("curves", runs / PARE, runs / NAIVE, runs / PARE)
+    assert {name: len(histories) for name, histories in groups.items()} == {"pare": 2, "naive": 1}
+    lines = [json.loads(line) for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
+    assert groups["naive"] == [lines] and len(lines) == 2
+
+
+def test_budget_shows_how_far_training_has_levelled_off(use, runs, capsys):
+    found = use("budget", runs / PARE, runs / NAIVE)
+    val = [json.loads(line)["val"] for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "naive, batch" in line)
+    assert [len(names) for names in found.values()] == [2] and f"| {min(val):.4f} | {1 - min(val) / min(val[:2]):.0%} |" in line
+
+
+def test_mistakes_are_told(use, results, runs, tmp_path):
+    one = results("one.csv", ("a", "naive", 0, 0.5, 100, 9))
+    (tmp_path / "text.csv").write_text("no,results\n1,2\n")
+    for what, words, message in (
+        ("sizes", [], "needs 1 or more of results.csv"),
+        ("sizes", [one], "no method has runs at two places"),
+        ("sizes", [one, one], "a, naive: two runs of one seed"),
+        ("compute", [one, tmp_path / "none.csv"], "none.csv is missing"),
+        ("start", [tmp_path / "text.csv"], "text.csv is not a results.csv"),
+        ("start", [one], "No method has runs with both starts"),
+        ("curves", [tmp_path], "holds no finished run"),
+        ("gate", ["--out-dir", tmp_path], "no finished run of spherical"),
+        ("ablation", ["--task", "darcy", "--out-dir", runs], "no finished run of darcy"),
+    ):
+        with pytest.raises(cli.UserError, match=message):
+            use(what, *words)
+
+
+def test_the_command_line(script, results, tmp_path):
+    rows = [("a", "naive", 0, 0.5, n, 9) for n in (100, 1000)]
+    script("tools/charts.py", "sizes", results("all.csv", *rows), out=tmp_path, option="--out")
+    assert (tmp_path / "sizes.png").exists()

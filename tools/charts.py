@@ -1,0 +1,359 @@
+"""Charts of errors: from results.csv, or from the folders of finished runs.
+
+Of the results.csv of tools/reproduce.py, one for each set of options; those of docs/ will do:
+
+    python tools/charts.py start CSV...           the methods with copied and with random weights of the target embedder
+    python tools/charts.py sizes CSV...           error against the number of training samples
+    python tools/charts.py compute CSV...         error against the samples that pass the encoder
+
+Of finished runs:
+
+    python tools/charts.py curves RUN...          training loss and validation metric over the epochs
+    python tools/charts.py budget RUN...          validation metric over the optimizer steps, a panel for each task
+
+Of all runs of a task in the --out-dir of tools/reproduce.py:
+
+    python tools/charts.py gate                   figure 5 of PaRe: gate against random selection
+    python tools/charts.py ablation               ORCA: embedder epochs, source, frozen parts, as in "What explains ..."
+"""
+
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from matplotlib.ticker import LogLocator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cli
+import data
+from tools.reproduce import collect, known_methods, of, read, read_results
+
+matplotlib.use("Agg")
+
+
+@dataclass(frozen=True)
+class Args:
+    what: Annotated[Literal["start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional]
+    """the chart"""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """files of results, or folders of finished runs"""
+    out: str = str(ROOT / "docs/figures")
+    """output folder; the file name is WHAT.png"""
+    methods: tuple[str, ...] = ()
+    """sizes, compute: the methods. Default: all that have runs at two sizes or budgets"""
+    out_dir: str = "runs"
+    """gate, ablation: runs of tools/reproduce.py"""
+    task: str = "spherical"
+    """gate, ablation: task of the runs"""
+
+
+SOURCE, TARGET = "#d1495b", "#00798c"
+COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a44a8b", "#8c6d46")  # of methods
+
+
+def save(figure, args):
+    """Write the figure to --out as WHAT.png and print its path."""
+    path = Path(args.out) / f"{args.what}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+def plain(*axes, grid="both"):
+    """Light grid; no top and right spines."""
+    for axis in axes:
+        axis.grid(alpha=0.3, axis=grid)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def readable(axis):
+    """A logarithmic y axis with decimal numbers, also between the powers of ten."""
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6, 8)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
+
+
+def dots(axis, groups, colour, x=None, line="none", label=None):
+    """Plot mean ± standard deviation of each group, at x or side by side.
+
+    Args:
+        groups: name -> list of values.
+    Returns: name -> (mean, standard deviation).
+    """
+    found = {name: (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0) for name, values in groups.items()}
+    at = range(len(found)) if x is None else x
+    means, deviations = zip(*found.values(), strict=True)
+    axis.errorbar(at, means, deviations, marker="o", linestyle=line, color=colour, capsize=4, linewidth=1.6, label=label)
+    if x is None:
+        axis.set_xticks(at, [name.replace("_", "\n").replace("-", "\n") for name in found])
+        axis.set_xlim(-0.5, len(found) - 0.5)
+    plain(axis, grid="y")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From results.csv
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_in(files):
+    """The rows of files of results. Raises UserError for a file that is missing or is no results.csv."""
+    rows = []
+    for file in files:
+        try:
+            rows += read_results(file)
+        except FileNotFoundError as error:
+            raise cli.UserError(f"{file} is missing.\nGive a results.csv, like those in docs/.") from error
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise cli.UserError(f"{file} is not a results.csv of tools/reproduce.py.\nGive one like those in docs/.") from error
+    return rows
+
+
+def errors_of(rows, *names):
+    """Group the errors at the last epoch: errors_of(rows, "method", "x") is method -> x -> list over seeds.
+
+    Raises: UserError if a group has two runs of one seed: they differ in something else, and their mean would mean nothing.
+    """
+    if not names:
+        if len({row["seed"] for row in rows}) < len(rows):
+            task, method = rows[0]["task"], rows[0]["method"]
+            raise cli.UserError(f"{task}, {method}: two runs of one seed.\nGive files of results that differ in one thing.")
+        return [row["test_last"] for row in rows]
+    values = dict.fromkeys(row[names[0]] for row in rows)
+    return {value: errors_of(of(rows, **{names[0]: value}), *names[1:]) for value in values}
+
+
+RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
+          "contrast-stage1": "contrast-stage1-init-random"}  # fmt: skip
+
+
+def start(args):
+    """Error at the last epoch by the start of the target embedder: copied from the source's, as far as it fits, or random.
+
+    Returns: task -> "copied" or "random" -> method -> (mean, standard deviation).
+    """
+    rows, found = rows_in(args.inputs), {}
+    for task, errors in errors_of(rows, "task", "method").items():
+        if both := {method: other for method, other in RANDOM.items() if {method, other} <= errors.keys()}:
+            found[task] = {"copied": {m: errors[m] for m in both}, "random": {m: errors[other] for m, other in both.items()}}
+    if not found:
+        raise cli.UserError(f"No method has runs with both starts, such as naive and {RANDOM['naive']}.\nRun them first.")
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.8), layout="constrained", squeeze=False)
+    for axis, (task, starts) in zip(axes[0], found.items(), strict=True):
+        for (name, groups), colour, aside in zip(starts.items(), (TARGET, SOURCE), (-0.08, 0.08), strict=True):
+            starts[name] = dots(axis, groups, colour, x=np.arange(len(groups)) + aside, label=f"{name} embedder")
+        axis.set_xticks(range(len(groups)), [method.replace("-", "\n") for method in groups])
+        axis.set_title(f"{task}: {of(rows, task=task)[0]['metric']} on test", fontsize=11)
+        axis.legend(frameon=False)
+    save(figure, args)
+    return found
+
+
+# Batches that a run encodes, per optimizer step. PaRe encodes the target and the mixed batch. MoNA has two meta-epochs beside
+# 40 epochs, and a step of them takes ten passes, forward or backward, where training takes three.
+PASSES = dict.fromkeys(("orca", "naive", "warmup", "frozen", "lora", "norms", "scratch"), 1)
+PASSES |= {"pare": 2, "mona": 1 + 2 / 40 * 10 / 3}
+
+
+def against(args):
+    """sizes: error at the last epoch against n_train; compute: against the passes through the encoder.
+
+    Returns: task -> method -> x -> (mean, standard deviation).
+    """
+    rows = [row for row in rows_in(args.inputs) if row["steps"]]  # references take no steps
+    if args.what == "sizes":
+        rows = [row | {"x": row["n_train"]} for row in rows]
+    else:
+        rows = [row | {"x": row["steps"] * PASSES[row["method"]]} for row in rows if row["method"] in PASSES]
+    rows = sorted(rows, key=lambda row: row["x"])
+    points = {}
+    for task, methods in errors_of(rows, "task", "method", "x").items():
+        chosen = args.methods or [method for method, at in methods.items() if len(at) > 1]
+        points[task] = {method: methods[method] for method in known_methods(rows) if method in methods and method in chosen}
+    points = {task: methods for task, methods in points.items() if methods}
+    if not points:
+        raise cli.UserError(f"{args.what}: no method has runs at two places.\nGive more files of results.")
+    figure, axes = plt.subplots(1, len(points), figsize=(5.2 * len(points), 3.8), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(method for methods in points.values() for method in methods))
+    for axis, (task, methods) in zip(axes[0], points.items(), strict=True):
+        for method, at in methods.items():
+            colour = COLOURS[names.index(method) % len(COLOURS)]
+            methods[method] = dots(axis, at, colour, x=list(at), line="-", label=method)
+        axis.set(xscale="log", xlabel=LABELS[args.what])
+        axis.xaxis.set_major_formatter("{x:,g}")
+        low, high = axis.get_ylim()
+        if low > 0 and high > 4 * low:
+            readable(axis)
+        axis.set_title(f"{task}: {of(rows, task=task)[0]['metric']} on test", fontsize=11)
+        axis.legend(fontsize=8, frameon=False)
+    plain(*axes[0])
+    save(figure, args)
+    return points
+
+
+LABELS = {"sizes": "training samples", "compute": "passes through the encoder, in steps of naive fine-tuning"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the folders of runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def finished(run):
+    """The result.json of a run, with its "variant": the name of the method in tools/reproduce.py."""
+    if not (Path(run) / "result.json").exists():
+        raise cli.UserError(f"{run} holds no finished run (result.json is missing).\nGive the folder of a finished run.")
+    file = Path(run) / "result.json"
+    return json.loads(file.read_text()) | {"variant": read(file)["method"]}
+
+
+def curves(args):
+    """Thin lines are runs, thick lines their mean over seeds; one colour per task and method. The loss of PaRe is a sum."""
+    groups, results = {}, [finished(run) for run in args.inputs]
+    tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
+    for run, result in zip(args.inputs, results, strict=True):
+        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        name = result["variant"] if len(tasks) == 1 else f"{result['task']}, {result['variant']}"
+        groups.setdefault(name, []).append([row for row in rows if "stage" not in row])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for i, (name, histories) in enumerate(groups.items()):
+        colour, shortest = COLOURS[i % len(COLOURS)], min(map(len, histories))
+        for axis, key in zip(axes, ("loss", "val"), strict=True):
+            values = [[row[key] for row in rows] for rows in histories]
+            for line in values if len(values) > 1 else ():
+                axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.8, alpha=0.35)
+            mean = np.mean([line[:shortest] for line in values], 0)  # (epochs,)
+            axis.plot(range(1, shortest + 1), mean, color=colour, linewidth=2, label=f"{name} ({len(values)})")
+    axes[0].set_title("training loss", fontsize=11)
+    axes[1].set_title(f"{metrics.pop() if len(metrics) == 1 else 'metric'} on validation", fontsize=11)
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.locator_params(axis="x", integer=True)
+    plain(*axes)
+    title = f"{', '.join(sorted(tasks))} (runs)" if len(tasks) == 1 else "task, method (runs)"
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title=title)
+    save(figure, args)
+    return groups
+
+
+def budget(args):
+    """Has training levelled off? Prints how much of the error the last fifth of each run took away."""
+    tasks = {}
+    for run in args.inputs:
+        result, options = finished(run), json.loads((Path(run) / "args.json").read_text())
+        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        val = [row["val"] for row in rows if "stage" not in row]
+        steps = np.arange(1, len(val) + 1) * result["steps"] / len(val)
+        name = f"{result['variant']}, batch {options['batch_size']}, lr {options['lr']:g}, {result['n_train']:,} samples"
+        tasks.setdefault(result["task"], []).append((name, steps, val, result))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    print("| task | run | steps | minutes | validation | gain in the last fifth | test |\n|---|---|---|---|---|---|---|")
+    for axis, (task, curves_of) in zip(axes[0], tasks.items(), strict=True):
+        for colour, (name, steps, val, result) in zip(itertools.cycle(COLOURS), curves_of, strict=False):
+            axis.plot(steps, val, color=colour, linewidth=1.8, label=name)
+            before, last = min(val[: round(0.8 * len(val))]), min(val)
+            print(f"| {task} | {name} | {result['steps']:,} | {result['seconds'] / 60:.0f} | {last:.4f} |",
+                  f"{1 - last / before:.0%} | {result['test']:.4f} |")  # fmt: skip
+        axis.set_xlabel("optimizer steps")
+        readable(axis)
+        axis.set_title(f"{task}: {curves_of[0][3]['metric']} on validation", fontsize=11)
+        axis.legend(fontsize=7, frameon=False)
+    plain(*axes[0])
+    save(figure, args)
+    return {task: [name for name, *_ in curves_of] for task, curves_of in tasks.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From all runs of a task
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(args):
+    """The results of the finished runs of the task in --out-dir."""
+    if rows := of(collect(args.out_dir), task=args.task):
+        return rows
+    raise cli.UserError(f"{args.out_dir} has no finished run of {args.task}.\nGive the --out-dir of tools/reproduce.py.")
+
+
+def errors(rows, methods):
+    """The test errors over seeds of `methods` (name -> method): name -> list of errors, without methods that have no run."""
+    found = {name: [row["test"] for row in of(rows, method=method)] for name, method in methods.items()}
+    return {name: values for name, values in found.items() if values}
+
+
+def gate(args):
+    """Test error over k0, for patches selected by the gate and at random."""
+    rows = rows_of(args)
+    default = data.find_task(args.task).recipes["pare"].k_begin
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    found = {}
+    for name, method, variant, colour in (("the gate", "pare", "pare-k", TARGET), ("chance", *2 * ("pare-chance",), "0.55")):
+        methods = {round(default, 2): method} | {share: f"{variant}{share}" for share in (0.2, 0.4, 0.9)}
+        groups = dict(sorted(errors(rows, methods).items()))
+        if not groups:
+            raise cli.UserError(f"{args.out_dir} has no run of {method}.\nRun tools/reproduce.py --methods {method} first.")
+        found[name] = dots(axis, groups, colour, x=list(groups), line="-", label=f"patches selected by {name}")
+    axis.set(xlabel="k0 / N, share of source patches in the first epoch", ylabel=f"test {rows[0]['metric']}")
+    axis.set_title(args.task, fontsize=11)
+    axis.legend(frameon=False)
+    save(figure, args)
+    return found
+
+
+def ablation(args):
+    """Test error of ORCA by number of embedder epochs, by source, and by the parts frozen in stage 2."""
+    rows = rows_of(args)
+    sources = {row["source"]: row["method"] for row in rows if row["method"] in ("orca", "orca-proxy", "orca-proxy1d")}
+    panels = {
+        "embedder epochs": {"0": "naive", "5": "orca-e5", "20": "orca", "60": "orca-e60"},  # tiny scale
+        "source of the embedder training": {"none": "naive", **sources},
+        "frozen in stage 2": {"nothing": "orca", "embedder": "orca-freeze-embedder", "encoder": "orca-freeze-encoder",
+                              "both": "orca-freeze-both"},
+    }  # fmt: skip
+    panels = {title: errors(rows, methods) for title, methods in panels.items()}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharey=True)
+    found = {}
+    for axis, (title, groups), colour in zip(axes, panels.items(), (TARGET, SOURCE, COLOURS[4]), strict=True):
+        if groups:
+            found[title] = dots(axis, groups, colour, line="-" if title == "embedder epochs" else "none")
+        axis.set_title(title, fontsize=11)
+    axes[0].set_ylabel(f"{args.task}: test {rows[0]['metric']}")
+    save(figure, args)
+    return found
+
+
+MANY = 999
+# what: smallest and largest number of arguments after it, function
+COMMANDS = {
+    "start": (1, MANY, start), "sizes": (1, MANY, against), "compute": (1, MANY, against), "curves": (1, MANY, curves),
+    "budget": (1, MANY, budget), "gate": (0, 0, gate), "ablation": (0, 0, ablation),
+}  # fmt: skip
+
+
+def dispatch(args, commands, inputs, kind):
+    """Call the function of args.what, or raise UserError if there are too few or too many inputs."""
+    least, most, make = commands[args.what]
+    if not least <= len(inputs) <= most:
+        wanted = f"{least}{' or more' * (most > least)}"
+        raise cli.UserError(f"{args.what} needs {wanted} of {kind}; {len(inputs)} given.")
+    return make(args)
+
+
+def main(args):
+    return dispatch(args, COMMANDS, args.inputs, "results.csv or of the folders of finished runs")
+
+
+if __name__ == "__main__":
+    cli.guarded(main, cli.command_line(Args, __doc__))
