@@ -24,13 +24,26 @@ voc=(--options="--source cifar10") # PaRe's source on fields: VOC, the published
 images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15 --lr 1e-3")
 series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
 run "${images[@]}" --methods "${methods[@]}" contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random
-run "${series[@]}" --methods naive orca naive-bias orca-shuffled contrast-stage1
+run "${series[@]}" --methods naive orca naive-bias orca-shuffled orca-bias contrast-stage1
 run "${series[@]}" --methods "${methods[@]}"
 run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
 run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
 run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise
 run "${series[@]}" --methods boosting logistic
 run -2000 --tasks cifar100 --n-train 2000 --options="--steps-per-epoch 30" --methods naive norms lora
+
+# ---- fewer and more samples, shorter and longer runs: the charts `sizes` and `compute`
+few=(naive scratch pare orca mona)
+for n in 100 300; do
+  run -$n --tasks cifar100 --n-train $n --options="--steps-per-epoch 15 --lr 1e-3" --methods "${few[@]}"
+  run -$n --tasks satellite --n-train $n --options="--steps-per-epoch 40" --methods "${few[@]}"
+done
+run -3000 --tasks cifar100 --n-train 3000 --options="--steps-per-epoch 45 --lr 1e-3" --methods "${few[@]}"
+run -3000 --tasks satellite --n-train 3000 --options="--steps-per-epoch 80" --methods "${few[@]}"
+for steps in 5 45; do
+  run -1000-$steps --tasks cifar100 --n-train 1000 --options="--steps-per-epoch $steps --lr 1e-3" --methods "${few[@]}"
+done
+run -1000-10 --tasks satellite --n-train 1000 --options="--steps-per-epoch 10" --methods "${few[@]}"
 
 # ---- the default budget
 run "" --tasks advection1d satellite --methods "${methods[@]}"

@@ -51,6 +51,7 @@ METHODS = {
     "mona-random": "mona.py --init random",
     "naive-random": "finetune.py --mode naive --init random",
     "naive-bias": "finetune.py --mode naive",  # 1D: the projection starts with a bias (why ORCA helps on series)
+    "orca-bias": "orca.py",  # the same: does stage 1 help beyond that?
     "naive-80": "finetune.py --mode naive --epochs 80",  # tiny scale: encodes as many samples as PaRe in 40 epochs
     "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 3.4 times the work
     # ---- MoNA: its constants, of which the text gives none (docs/mona.md)
@@ -155,5 +156,6 @@ PATCHES = {
     "orca-freeze-encoder": freeze("encoder"),
     "orca-freeze-both": freeze("embedder", "encoder"),
     "naive-bias": start_with_bias,
+    "orca-bias": start_with_bias,
     "naive-test": choose_on_test,
 }
