@@ -4,7 +4,7 @@ Cai et al., "Enhancing Cross-Modal Fine-Tuning with Gradually Intermediate Modal
 
 A pretrained encoder is given images it has never seen. PaRe trains it, next to them, on an intermediate modality: target
 samples in which the patches that matter least are replaced by the source patches that matter most. It begins close to the
-source, where the encoder is at home, and ends at the target.
+source, on which the encoder was pretrained, and ends at the target.
 
     in epoch ep of EP:   k = k0 (1 - ep / EP),   lambda = k / k0
     1  X_t = embedder(x_t)                       N target tokens of width D

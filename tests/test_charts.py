@@ -30,9 +30,10 @@ def use(tmp_path):
     """Runs a command as the command line would; its picture is looked at. Returns what the chart shows."""
 
     def run(what, *words):
-        found = charts.main(tyro.cli(charts.Args, args=[what, *map(str, words), "--out", str(tmp_path / "out")]))
-        pixels = np.asarray(Image.open(tmp_path / f"out/{what}.png").convert("L"))
-        assert pixels.std() > 5 and pixels.shape[1] < 1550
+        found = charts.main(tyro.cli(charts.Args, args=["--out", str(tmp_path / "out"), what, *map(str, words)]))
+        pixels = np.asarray(Image.open(tmp_path / f"out/{what}.png").convert("RGB"), int)
+        coloured = pixels.max(-1) - pixels.min(-1) > 50
+        assert coloured.sum() > 100 and pixels.shape[1] < 1550
         return found
 
     return run
@@ -42,14 +43,15 @@ def use(tmp_path):
 def results(tmp_path):
     """Writes a results.csv: results(name, (task, method, seed, error at the last epoch, n_train, steps), ...)"""
 
-    def write(name, *rows):
+    def write(name, *rows, lr=0.1):
         path = tmp_path / name
         with path.open("w") as file:
             writer = csv.DictWriter(file, reproduce.COLUMNS)
             writer.writeheader()
             for task, method, seed, error, n_train, steps in rows:
                 row = {"task": task, "method": method, "seed": seed, "test": 9, "test_last": error, "metric": "error"}
-                writer.writerow(row | {"n_train": n_train, "steps": steps, "seconds": 1})
+                row |= {"n_train": n_train, "steps": steps, "epochs": 8, "scale": "tiny", "seconds": 1, "lr": lr}
+                writer.writerow(row)
         return path
 
     return write
@@ -76,9 +78,7 @@ def test_compute_counts_what_a_method_encodes(use, results):
     assert {method: list(at) for method, at in found.items()} == {
         "pare": [80, 800],
         "orca": [40, 400],  # the first stage trains the embedder alone
-        "mona": pytest.approx(
-            [40 + 2 * 10 / 3, 400 + 20 * 10 / 3]
-        ),  # 2 epochs of 1 or 10 steps, at ten passes instead of three
+        "mona": pytest.approx([40 + 10 * 10 / 3, 400 + 100 * 10 / 3]),  # 2 of 8 epochs, ten passes instead of three
         "naive": [40, 400],
     }
 
@@ -130,31 +130,53 @@ def test_ablation_reads_the_runs_of_its_panels(use, table):
     }
 
 
-def test_curves_groups_the_seeds_of_a_method(use, runs):
-    groups = use("curves", runs / PARE, runs / NAIVE, runs / PARE)
-    assert {name: len(histories) for name, histories in groups.items()} == {"pare": 2, "naive": 1}
+def test_curves_groups_the_seeds_of_a_method(use, runs, tmp_path):
+    def like(name, **changes):
+        """The run of naive fine-tuning, as if it had another seed or another rate."""
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("result.json", "args.json"):
+            (folder / file).write_text(json.dumps(json.loads((runs / NAIVE / file).read_text()) | changes))
+        (folder / "metrics.jsonl").write_text((runs / NAIVE / "metrics.jsonl").read_text())
+        return folder
+
+    other_seed, other_rate = like("seed", seed=1), like("rate", lr=0.5)
+    groups = use("curves", runs / PARE, runs / NAIVE, other_seed)
+    assert {name: len(histories) for name, histories in groups.items()} == {"pare": 1, "naive": 2}
+    assert list(use("curves", runs / NAIVE, other_rate)) == ["naive, lr 0.003", "naive, lr 0.5"]
+    with pytest.raises(cli.UserError, match="seed 0, was given already"):
+        use("curves", runs / NAIVE, runs / NAIVE)
     lines = [json.loads(line) for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
-    assert groups["naive"] == [lines] and len(lines) == 2
+    assert groups["naive"] == [lines, lines] and len(lines) == 2
 
 
-def test_budget_shows_how_far_training_has_levelled_off(use, runs, capsys):
-    found = use("budget", runs / PARE, runs / NAIVE)
-    val = [json.loads(line)["val"] for line in (runs / NAIVE / "metrics.jsonl").read_text().splitlines()]
-    line = next(line for line in capsys.readouterr().out.splitlines() if "naive, batch" in line)
-    assert [len(names) for names in found.values()] == [2] and f"| {min(val):.4f} | {1 - min(val) / min(val[:2]):.0%} |" in line
+def test_budget_shows_how_far_training_has_levelled_off(use, runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    for file in ("result.json", "args.json"):
+        (run / file).write_text((runs / NAIVE / file).read_text())
+    val = [0.9, 0.8, 0.8, 0.7, 0.7, 0.5, 0.55, 0.6, 0.45, 0.4]  # the best of the first eight epochs: 0.5
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"val": v}) + "\n" for v in val))
+    found = use("budget", run, runs / PARE)
+    assert [len(names) for names in found.values()] == [2] and "| 0.4000 | 20% |" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(use, results, runs, tmp_path):
     one = results("one.csv", ("a", "naive", 0, 0.5, 100, 9))
+    two = results("two.csv", ("a", "naive", 0, 0.5, 1000, 99))
     (tmp_path / "text.csv").write_text("no,results\n1,2\n")
     for what, words, message in (
         ("sizes", [], "needs 1 or more of results.csv"),
         ("sizes", [one], "no method has runs at two places"),
-        ("sizes", [one, one], "a, naive: two runs of one seed"),
+        ("sizes", [one, one], "a naive, seeds 0, 0, cannot be averaged: they have a seed twice"),
+        ("sizes", [one, results("lr.csv", ("a", "naive", 1, 0.1, 100, 9), lr=1)], "seeds 0, 1, .* differ in lr"),
+        ("sizes", [one, two, "--methods", "naive", "orka"], "no runs of orka"),
+        ("compute", [one, two], "differ in n_train"),
         ("compute", [one, tmp_path / "none.csv"], "none.csv is missing"),
         ("start", [tmp_path / "text.csv"], "text.csv is not a results.csv"),
         ("start", [one], "No method has runs with both starts"),
         ("curves", [tmp_path], "holds no finished run"),
+        ("curves", [runs / NAIVE, "--out", one], "is a file"),
         ("gate", ["--out-dir", tmp_path], "no finished run of spherical"),
         ("ablation", ["--task", "darcy", "--out-dir", runs], "no finished run of darcy"),
     ):

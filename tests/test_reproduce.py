@@ -14,6 +14,7 @@ import tyro
 from helpers import ended, fork
 from safetensors.torch import load_file
 
+import cli
 import common
 import data
 from tools import references, reproduce
@@ -118,6 +119,47 @@ def test_a_bias_lets_amplitudes_pass_and_shuffled_labels_are_the_same_labels():
     assert sorted(y_t.tolist()) == list(range(50)) != y_t.tolist()
 
 
+def test_only_real_runs_of_the_same_options_and_scale_count_as_known(tmp_path, monkeypatch, capsys):
+    known, started = tmp_path / "known.csv", []
+    row = {"task": "cifar100", "method": "naive", "test": 0.5, "test_last": 0.5, "metric": "error", "n_train": 9, "seconds": 1}
+    with known.open("w") as file:
+        writer = csv.DictWriter(file, reproduce.COLUMNS)
+        writer.writeheader()
+        for seed, kind, scale, options in (
+            (0, "official", "tiny", "--epochs 2"), (1, "toy", "tiny", "--epochs 2"), (2, "official", "tiny", "--epochs 3"),
+            (3, "official", "full", "--epochs 2"),
+        ):  # fmt: skip
+            writer.writerow(row | {"seed": seed, "data": kind, "scale": scale, "options": options})
+    monkeypatch.setattr(reproduce, "start", lambda args, task, method, seed, *rest: started.append(seed) or True)
+    args = reproduce.Args(("cifar100",), ("naive",), 4, out_dir=str(tmp_path / "out"), known=str(known), options="--epochs 2")
+    reproduce.main(args)
+    assert sorted(started) == [1, 2, 3]
+    assert [row["seed"] for row in reproduce.read_results(tmp_path / "out/results.csv")] == [0, 1]
+    assert "| naive | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 |  |  | 2 |" in capsys.readouterr().out
+
+
+def test_options_do_not_override_a_variant(monkeypatch):
+    seen = []
+    monkeypatch.setattr("finetune.main", seen.append)
+    for variant in ("naive-80", "naive"):
+        monkeypatch.setattr(reproduce.sys, "argv", [])
+        reproduce.train(variant, ["--task", "cifar100", "--epochs", "6"])
+    assert [(args.mode, args.epochs) for args in seen] == [("naive", 80), ("naive", 6)]
+
+
+def test_what_reproduce_refuses(tmp_path):
+    (tmp_path / "text.csv").write_text("no,results\n1,2\n")
+    for changes, message in (
+        ({"out_dir": str(tmp_path / "naive-80")}, "has the name of a variant"),
+        ({"seeds": 0}, "has no finished run of cifar100"),
+        ({"known": str(tmp_path / "text.csv")}, "text.csv is not a results.csv"),
+        ({"methods": ("orka",)}, "unknown method 'orka'"),
+    ):
+        args = {"tasks": ("cifar100",), "methods": ("naive",), "seeds": 1, "out_dir": str(tmp_path / "out")} | changes
+        with pytest.raises(cli.UserError, match=message):
+            reproduce.main(reproduce.Args(**args))
+
+
 def test_runs_of_other_options_are_not_taken_for_these_and_toys_not_for_real_data(script, tmp_path):
     command = ["tools/reproduce.py", "--tasks", "openml187", "--methods", "logistic", "--seeds", 1]
     script(*command, out=tmp_path)
@@ -142,6 +184,7 @@ def test_the_convnet_learns_and_repeats(tmp_path):
     seen = dataclasses.replace(loaded, test=loaded.train)
     first, again = (references.convnet(seen, 0) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (64, 9)
+    assert not torch.equal(first, references.convnet(seen, 0, ["--epochs", "1"]))
     assert (first.argmax(1) != loaded.train.y).float().mean() < 0.1  # of its training samples; chance: 0.89
     for other in ("satellite", "darcy"):
         assert references.refer("convnet", SimpleNamespace(task=data.find_task(other), test=loaded.test), 0) is None

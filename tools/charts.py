@@ -4,7 +4,7 @@ Of the results.csv of tools/reproduce.py, one for each set of options; those of 
 
     python tools/charts.py start CSV...           the methods with copied and with random weights of the target embedder
     python tools/charts.py sizes CSV...           error against the number of training samples
-    python tools/charts.py compute CSV...         error against the samples that pass the encoder
+    python tools/charts.py compute CSV...         error against the batches that a run encodes
 
 Of finished runs:
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from tools.reproduce import collect, known_methods, of, read, read_results
+from tools.reproduce import collect, known_methods, of, read, read_results, spread
 
 matplotlib.use("Agg")
 
@@ -61,6 +61,8 @@ COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a44a8b"
 
 def save(figure, args):
     """Write the figure to --out as WHAT.png and print its path."""
+    if Path(args.out).is_file():
+        raise cli.UserError(f"--out {args.out} is a file.\nGive a folder.")
     path = Path(args.out) / f"{args.what}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -109,30 +111,28 @@ def dots(axis, groups, colour, x=None, line="none", label=None):
 
 
 def rows_in(files):
-    """The rows of files of results. Raises UserError for a file that is missing or is no results.csv."""
-    rows = []
-    for file in files:
-        try:
-            rows += read_results(file)
-        except FileNotFoundError as error:
-            raise cli.UserError(f"{file} is missing.\nGive a results.csv, like those in docs/.") from error
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            raise cli.UserError(f"{file} is not a results.csv of tools/reproduce.py.\nGive one like those in docs/.") from error
-    return rows
+    """The rows of several files of results. Raises UserError for a file that is missing or is no results.csv."""
+    return [row for file in files for row in read_results(file)]
+
+
+ALIKE = ("metric", "data", "scale", "backbone", "lr", "epochs", "steps", "n_train")  # the runs of a mean are
 
 
 def errors_of(rows, *names):
     """Group the errors at the last epoch: errors_of(rows, "method", "x") is method -> x -> list over seeds.
 
-    Raises: UserError if a group has two runs of one seed: they differ in something else, and their mean would mean nothing.
+    Raises: UserError if a group has two runs of one seed or runs of different options: their mean would mean nothing.
     """
-    if not names:
-        if len({row["seed"] for row in rows}) < len(rows):
-            task, method = rows[0]["task"], rows[0]["method"]
-            raise cli.UserError(f"{task}, {method}: two runs of one seed.\nGive files of results that differ in one thing.")
-        return [row["test_last"] for row in rows]
-    values = dict.fromkeys(row[names[0]] for row in rows)
-    return {value: errors_of(of(rows, **{names[0]: value}), *names[1:]) for value in values}
+    if names:
+        values = dict.fromkeys(row[names[0]] for row in rows)
+        return {value: errors_of(of(rows, **{names[0]: value}), *names[1:]) for value in values}
+    seeds = [row["seed"] for row in rows]
+    differ = [name for name in ALIKE if len({row[name] for row in rows}) > 1]
+    if differ or len(set(seeds)) < len(seeds):
+        runs = f"the runs of {rows[0]['task']} {rows[0]['method']}, seeds {', '.join(map(str, seeds))}, cannot be averaged"
+        why = f"differ in {', '.join(differ)}" if differ else "have a seed twice"
+        raise cli.UserError(f"{runs}: they {why}.\nGive files of results that belong together.")
+    return [row["test_last"] for row in rows]
 
 
 RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
@@ -161,23 +161,26 @@ def start(args):
     return found
 
 
-# Batches that a run encodes, per optimizer step. PaRe encodes the target and the mixed batch. MoNA has two meta-epochs beside
-# 40 epochs, and a step of them takes ten passes, forward or backward, where training takes three.
-PASSES = dict.fromkeys(("orca", "naive", "warmup", "frozen", "lora", "norms", "scratch"), 1)
-PASSES |= {"pare": 2, "mona": 1 + 2 / 40 * 10 / 3}
+def encoded(row):
+    """Batches that the encoder of a run is trained on, in steps of naive fine-tuning; None for methods not counted here.
+
+    PaRe encodes the target and the mixed batch. MoNA has two meta-epochs (tiny scale), and a step of them takes ten passes,
+    forward or backward, where training takes three. ORCA's first stage trains the embedder without the encoder.
+    """
+    each = {"naive": 1, "scratch": 1, "orca": 1, "pare": 2, "mona": 1 + 2 / int(row["epochs"]) * 10 / 3}
+    return row["steps"] * each[row["method"]] if row["method"] in each and row["scale"] == "tiny" else None
 
 
 def against(args):
-    """sizes: error at the last epoch against n_train; compute: against the passes through the encoder.
+    """sizes: error at the last epoch against n_train; compute: against the batches that a run encodes, with the same n_train.
 
-    Returns: task -> method -> x -> (mean, standard deviation).
+    Prints the points with what else differs between them. Returns: task -> method -> x -> (mean, standard deviation).
     """
     rows = [row for row in rows_in(args.inputs) if row["steps"]]  # references take no steps
-    if args.what == "sizes":
-        rows = [row | {"x": row["n_train"]} for row in rows]
-    else:
-        rows = [row | {"x": row["steps"] * PASSES[row["method"]]} for row in rows if row["method"] in PASSES]
-    rows = sorted(rows, key=lambda row: row["x"])
+    rows = [row | {"x": row["n_train"] if args.what == "sizes" else encoded(row)} for row in rows]
+    rows = sorted((row for row in rows if row["x"]), key=lambda row: row["x"])
+    if unknown := sorted(set(args.methods) - {row["method"] for row in rows}):
+        raise cli.UserError(f"{args.what}: the files of results have no runs of {unknown[0]} that could be shown.")
     points = {}
     for task, methods in errors_of(rows, "task", "method", "x").items():
         chosen = args.methods or [method for method, at in methods.items() if len(at) > 1]
@@ -185,6 +188,12 @@ def against(args):
     points = {task: methods for task, methods in points.items() if methods}
     if not points:
         raise cli.UserError(f"{args.what}: no method has runs at two places.\nGive more files of results.")
+    if args.what == "compute" and any(len({row["n_train"] for row in of(rows, task=task)}) > 1 for task in points):
+        raise cli.UserError("compute: the runs of a task differ in n_train.\nGive files of results with one n_train.")
+    print(f"| task | method | {LABELS[args.what]} | steps | lr | test, last epoch | n |\n|---|---|---|---|---|---|---|")
+    for task, method, x in ((t, m, x) for t, methods in points.items() for m, at in methods.items() for x in at):
+        row, values = of(rows, task=task, method=method, x=x)[0], points[task][method][x]
+        print(f"| {task} | {method} | {x:,.0f} | {row['steps']:,} | {row['lr']} | {spread(values)} | {len(values)} |")
     figure, axes = plt.subplots(1, len(points), figsize=(5.2 * len(points), 3.8), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(method for methods in points.values() for method in methods))
     for axis, (task, methods) in zip(axes[0], points.items(), strict=True):
@@ -192,7 +201,9 @@ def against(args):
             colour = COLOURS[names.index(method) % len(COLOURS)]
             methods[method] = dots(axis, at, colour, x=list(at), line="-", label=method)
         axis.set(xscale="log", xlabel=LABELS[args.what])
-        axis.xaxis.set_major_formatter("{x:,g}")
+        axis.set_xticks(sorted({x for at in methods.values() for x in at}), minor=False)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
         low, high = axis.get_ylim()
         if low > 0 and high > 4 * low:
             readable(axis)
@@ -203,7 +214,7 @@ def against(args):
     return points
 
 
-LABELS = {"sizes": "training samples", "compute": "passes through the encoder, in steps of naive fine-tuning"}
+LABELS = {"sizes": "training samples", "compute": "batches encoded, in optimizer steps of naive fine-tuning"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,20 +223,30 @@ LABELS = {"sizes": "training samples", "compute": "passes through the encoder, i
 
 
 def finished(run):
-    """The result.json of a run, with its "variant": the name of the method in tools/reproduce.py."""
-    if not (Path(run) / "result.json").exists():
-        raise cli.UserError(f"{run} holds no finished run (result.json is missing).\nGive the folder of a finished run.")
-    file = Path(run) / "result.json"
-    return json.loads(file.read_text()) | {"variant": read(file)["method"]}
+    """The result.json of a run, with its rate "lr" and its "variant": the name of the method in tools/reproduce.py."""
+    for name in ("result.json", "args.json"):  # a reference has no args.json
+        if not (Path(run) / name).exists():
+            raise cli.UserError(f"{run} holds no finished run ({name} is missing).\nGive the folder of a finished run.")
+    result = read(Path(run) / "result.json")
+    return result | json.loads((Path(run) / "result.json").read_text()) | {"variant": result["method"]}
 
 
 def curves(args):
-    """Thin lines are runs, thick lines their mean over seeds; one colour per task and method. The loss of PaRe is a sum."""
-    groups, results = {}, [finished(run) for run in args.inputs]
+    """Thin lines are runs, thick lines their mean over seeds. The loss of PaRe is a sum.
+
+    A colour is a method; with several tasks, rates, numbers of samples or of steps a method on one of them.
+    """
+    groups, seeds, results = {}, set(), [finished(run) for run in args.inputs]
     tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
+    several = [key for key in ("lr", "n_train", "steps", "epochs") if len({result[key] for result in results}) > 1]
     for run, result in zip(args.inputs, results, strict=True):
+        name = ", ".join(
+            [result["task"]] * (len(tasks) > 1) + [result["variant"]] + [f"{key} {result[key]}" for key in several]
+        )
+        if (name, result["seed"]) in seeds:
+            raise cli.UserError(f"{run}: a run of {name}, seed {result['seed']}, was given already.\nGive each run once.")
+        seeds.add((name, result["seed"]))
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        name = result["variant"] if len(tasks) == 1 else f"{result['task']}, {result['variant']}"
         groups.setdefault(name, []).append([row for row in rows if "stage" not in row])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for i, (name, histories) in enumerate(groups.items()):
@@ -252,18 +273,18 @@ def budget(args):
     """Has training levelled off? Prints how much of the error the last fifth of each run took away."""
     tasks = {}
     for run in args.inputs:
-        result, options = finished(run), json.loads((Path(run) / "args.json").read_text())
+        result, batch_size = finished(run), json.loads((Path(run) / "args.json").read_text())["batch_size"]
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         val = [row["val"] for row in rows if "stage" not in row]
         steps = np.arange(1, len(val) + 1) * result["steps"] / len(val)
-        name = f"{result['variant']}, batch {options['batch_size']}, lr {options['lr']:g}, {result['n_train']:,} samples"
+        name = f"{result['variant']}, batch {batch_size}, lr {result['lr']:g}, {result['n_train']:,} samples"
         tasks.setdefault(result["task"], []).append((name, steps, val, result))
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
     print("| task | run | steps | minutes | validation | gain in the last fifth | test |\n|---|---|---|---|---|---|---|")
     for axis, (task, curves_of) in zip(axes[0], tasks.items(), strict=True):
         for colour, (name, steps, val, result) in zip(itertools.cycle(COLOURS), curves_of, strict=False):
             axis.plot(steps, val, color=colour, linewidth=1.8, label=name)
-            before, last = min(val[: round(0.8 * len(val))]), min(val)
+            before, last = min(val[: round(0.8 * len(val))]) or 1, min(val)
             print(f"| {task} | {name} | {result['steps']:,} | {result['seconds'] / 60:.0f} | {last:.4f} |",
                   f"{1 - last / before:.0%} | {result['test']:.4f} |")  # fmt: skip
         axis.set_xlabel("optimizer steps")
@@ -323,6 +344,8 @@ def ablation(args):
                               "both": "orca-freeze-both"},
     }  # fmt: skip
     panels = {title: errors(rows, methods) for title, methods in panels.items()}
+    if not any(panels.values()):
+        raise cli.UserError(f"{args.out_dir} has no run of orca or its variants.\nRun tools/reproduce.py --methods orca first.")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharey=True)
     found = {}
     for axis, (title, groups), colour in zip(axes, panels.items(), (TARGET, SOURCE, COLOURS[4]), strict=True):

@@ -9,6 +9,7 @@ fourier               a small Fourier neural operator: fields
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -74,13 +75,14 @@ def fourier(loaded, seed, epochs=10, batch_size=10):
         return torch.cat([net(test.inputs(part)) for part in torch.arange(len(test)).split(batch_size)])
 
 
-def convnet(loaded, seed):
+def convnet(loaded, seed, options=()):
     """Five convolutions with batch norm, from scratch; optimizer, rate, schedule, clipping and steps are those of the methods.
 
     Takes about as long as naive fine-tuning of tiny-swin. Returns: logits for the test set (n, K).
     """
     seed_everything("initial weights", seed)
-    args = data.complete(cli.Args(task=loaded.task.name, scale="tiny"), "finetune", "tiny")
+    args = tyro.cli(cli.Args, args=["--task", loaded.task.name, "--scale", "tiny", *options])
+    args = data.complete(args, "finetune", "tiny")
     train, test, layers, width = loaded.train, loaded.test, [], loaded.train.shape[0]
     for out, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
         layers += [nn.Conv2d(width, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -136,9 +138,10 @@ REFERENCES = {
 }  # fmt: skip
 
 
-def refer(name, loaded, seed):
-    """Test error of a reference by the task's metric; None if the reference does not fit the task."""
+def refer(name, loaded, seed, options=()):
+    """Test error of a reference by the task's metric; None if it does not fit the task. Only convnet knows options."""
     target, modality, predict = REFERENCES[name]
     if loaded.task.target != target or modality not in ("", loaded.task.modality) or loaded.test.lazy:
         return None
-    return float(loaded.task.score(predict(loaded, seed).numpy(), loaded.test.y.numpy()))
+    out = predict(loaded, seed, options) if name == "convnet" else predict(loaded, seed)
+    return float(loaded.task.score(out.numpy(), loaded.test.y.numpy()))

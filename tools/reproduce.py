@@ -100,7 +100,7 @@ def train(method, options):
     file, *own = shlex.split(METHODS[method])
     module = importlib.import_module(file.removesuffix(".py"))
     PATCHES.get(method, lambda module: None)(module)
-    sys.argv = [file, *own, *options]
+    sys.argv = [file, *options, *own]  # what defines a variant comes last: it cannot be overridden
     cli.guarded(module.main, cli.command_line(module.Args, module.__doc__))
 
 
@@ -108,7 +108,7 @@ def refer(method, args, task, seed, out):
     """One run of a reference, on the split of the methods with this seed. Does nothing if it does not fit the task."""
     began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
     loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
-    error = references.refer(method, loaded, seed)
+    error = references.refer(method, loaded, seed, shlex.split(args.options))
     if error is not None:
         row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
                "data": loaded.train.kind, "scale": args.scale, "n_train": len(loaded.train),
@@ -131,6 +131,7 @@ def child(log, device, threads, function, *arguments):
 
 
 STARTING = threading.Lock()  # starting a process reaps the finished ones of other threads; an exit code can be read only once
+SAVING = threading.Lock()
 
 
 def start(args, task, method, seed, device, context):
@@ -191,42 +192,50 @@ def read(file):
 
 
 def read_results(path):
-    """The rows of a results.csv, with numbers where a row of `collect` has numbers."""
+    """The rows of a results.csv, with numbers where a row of `collect` has numbers. Raises UserError if it is no such file."""
     whole = lambda text: int(text) if text else None  # references take no steps
     numbers = {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int, "steps": whole}
-    with open(path) as file:
-        return [{name: row.get(name) for name in COLUMNS} | {name: kind(row[name]) for name, kind in numbers.items()}
-                for row in csv.DictReader(file)]  # fmt: skip
+    try:
+        with open(path) as file:
+            return [{name: row.get(name) for name in COLUMNS} | {name: kind(row.get(name)) for name, kind in numbers.items()}
+                    for row in csv.DictReader(file)]  # fmt: skip
+    except FileNotFoundError as error:
+        raise cli.UserError(f"{path} is missing.\nGive a results.csv of tools/reproduce.py.") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise cli.UserError(f"{path} is not a results.csv of tools/reproduce.py.\nGive one, like docs/results.csv.") from error
 
 
 def collect(out_dir, known=""):
     """The rows of results.csv: the finished runs in `out_dir` and the folders of variants; real data replace toys.
 
-    known: a results.csv, whose rows come first, unless a run has other options.
+    known: a results.csv, whose rows come first. Of the tasks that have runs in `out_dir`, those of other options are left out.
     """
     rows = {}
     note = Path(out_dir) / "options.json"
     chosen = json.loads(note.read_text()) if note.exists() else {}
     if known and Path(known).exists():
         rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)}
+        same = lambda row, of: (row["options"], row["scale"]) == (options_of(of), of["scale"])
+        rows = {key: row for key, row in rows.items() if key[0] not in chosen or same(row, chosen[key[0]])}
     variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
         row = read(file)
         key = row["task"], row["method"], row["seed"]
         row["options"] = options_of(chosen[row["task"]]) if row["task"] in chosen else ""
-        if key not in rows or rows[key]["data"] == "toy" or rows[key]["options"] != row["options"]:
+        if key not in rows or rows[key]["data"] == "toy":
             rows[key] = {name: row.get(name) for name in COLUMNS}
     return list(rows.values())
 
 
 def save(args):
     """Write OUT_DIR/results.csv, after each run: what was stopped has lost nothing. Returns its rows."""
-    rows, text = collect(args.out_dir, args.known), io.StringIO()
+    text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    if rows:
-        with STARTING:
+    with SAVING:
+        rows = collect(args.out_dir, args.known)
+        writer.writerows(rows)
+        if rows:
             write(Path(args.out_dir) / "results.csv", text.getvalue().encode())
     return rows
 
@@ -327,8 +336,8 @@ SATURATED = ("openml187", "openml1510", "openml28")  # one or two wrong test row
 def paired(rows, base="naive"):
     """Print a paired comparison of each method with `base` over tasks, with Wilcoxon's signed-rank test.
 
-    A task counts once: the mean error over the seeds that both have, relative to that of the base. Saturated tables are left
-    out. With T tasks, p is at least 2^(1 - T).
+    A task counts once: the mean error over the seeds that both have, relative to that of the base. Saturated tables and tasks
+    without an error of the base are left out. With T tasks, p is at least 2^(1 - T).
     """
     head = "tasks (pairs) | better, worse | median difference | p |"
     print(f"\n| method against {base} | best epoch: {head} last epoch: {head}")
@@ -339,7 +348,7 @@ def paired(rows, base="naive"):
             differences, count = [], 0
             for task in sorted({row["task"] for row in rows} - set(SATURATED)):
                 ours, theirs = pairs(rows, task, method, base, which)
-                if ours:
+                if any(theirs):
                     mean, mean_base = statistics.mean(ours), statistics.mean(theirs)
                     differences.append((mean - mean_base) / mean_base)
                     count += len(ours)
@@ -357,6 +366,8 @@ def main(args):
         data.find_task(task)
     if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
         raise cli.UserError(f"unknown method {unknown[0]!r}.\nAvailable: {', '.join((*METHODS, *REFERENCES))}.")
+    if "-" in Path(args.out_dir).name and Path(args.out_dir).name in METHODS:
+        raise cli.UserError(f"--out-dir {args.out_dir} has the name of a variant, whose runs these would be.\nGive another.")
     args = replace(args, scale=("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale)
     if args.seeds:
         same_options(args)
@@ -370,8 +381,8 @@ def main(args):
     for slot in range(args.jobs):
         devices.put(gpus[slot % len(gpus)])
 
-    ours = options_of(vars(args))
-    known = {(row["task"], row["method"], row["seed"]) for row in collect(args.out_dir, args.known) if row["options"] == ours}
+    rows = collect(args.out_dir, args.known) if args.seeds else []
+    known = {(row["task"], row["method"], row["seed"]) for row in rows if row["data"] != "toy"}  # data may be available now
 
     def run(task, method, seed):
         if (task, method, seed) in known:
@@ -400,6 +411,8 @@ def main(args):
             if everywhere(rows)[1]:
                 profile(rows, Path(args.out_dir) / "profile.png")
             paired(rows)
+    elif all(done):
+        raise cli.UserError(f"{args.out_dir} has no finished run of {', '.join(args.tasks)}.\nGive another --out-dir.")
     if not all(done):
         raise cli.UserError(f"{done.count(False)} of {len(done)} runs failed.\nRun the same command again to repeat them.")
 

@@ -53,7 +53,7 @@ METHODS = {
     "naive-bias": "finetune.py --mode naive",  # 1D: the projection starts with a bias (why ORCA helps on series)
     "orca-bias": "orca.py",  # the same: does stage 1 help beyond that?
     "naive-80": "finetune.py --mode naive --epochs 80",  # tiny scale: encodes as many samples as PaRe in 40 epochs
-    "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 3.4 times the work
+    "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 10/3 times the work
     # ---- MoNA: its constants, of which the text gives none (docs/mona.md)
     "mona-plain": "mona.py --lambda 0",  # embedder and predictor are warmed up, nothing else
     "mona-alpha1": "mona.py --inner-lr 1",
