@@ -57,6 +57,21 @@ def results(tmp_path):
     return write
 
 
+def test_the_table_has_a_column_for_each_task_and_size(results, capsys):
+    errors = {"naive": (0.5, 0.6, 0.7), "pare": (0.4, 0.52, 0.61)}  # pare: -0.09 ± 0.01, t = 9 sqrt(3)
+    rows = [("a", method, seed, error, 1000, 9) for method, of_it in errors.items() for seed, error in enumerate(of_it)]
+    rows += [("b", method, 0, error, 900, 9) for method, error in (("orca", 0.3), ("naive", 0.2), ("mona", 0.1))]
+    rows += [("a", "naive", 0, 0.1, 10, 9)]
+    charts.main(charts.Args("table", (str(results("all.csv", *rows)),), methods=("naive", "pare", "orca")))
+    assert capsys.readouterr().out.splitlines() == [
+        "| method | a, 1,000 samples: error | b, 900 samples: error |",
+        "|---|---|---|",
+        "| pare | 0.5100 ± 0.1054 (n 3, p 0.0041) |  |",
+        "| orca |  | 0.3000 (n 1) |",
+        "| naive | 0.6000 ± 0.1000 (n 3) | 0.2000 (n 1) |",
+    ]
+
+
 def test_sizes_are_means_over_seeds_by_method_and_number_of_samples(use, results):
     few = results("few.csv", ("a", "naive", 0, 0.8, 100, 50), ("a", "naive", 1, 0.9, 100, 50), ("a", "orca", 0, 0.5, 100, 50),
                   ("a", "boosting", 0, 0.1, 100, ""), ("b", "naive", 0, 0.3, 100, 50))  # fmt: skip

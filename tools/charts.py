@@ -1,7 +1,8 @@
-"""Charts of errors: from results.csv, or from the folders of finished runs.
+"""Tables and charts of errors: from results.csv, or from the folders of finished runs.
 
 Of the results.csv of tools/reproduce.py, one for each set of options; those of docs/ will do:
 
+    python tools/charts.py table CSV...           methods and tasks, as in README
     python tools/charts.py start CSV...           the methods with copied and with random weights of the target embedder
     python tools/charts.py sizes CSV...           error against the number of training samples
     python tools/charts.py compute CSV...         error against the batches that a run encodes
@@ -34,21 +35,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from tools.reproduce import collect, known_methods, of, read, read_results, spread
+from tools.reproduce import apart, collect, known_methods, of, read, read_results, spread
 
 matplotlib.use("Agg")
 
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional]
+    what: Annotated[Literal["table", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional]
     """the chart"""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """files of results, or folders of finished runs"""
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
-    """sizes, compute: the methods. Default: all that have runs at two sizes or budgets"""
+    """table, sizes, compute: the methods. Default: all; sizes, compute: all that have runs at two places"""
     out_dir: str = "runs"
     """gate, ablation: runs of tools/reproduce.py"""
     task: str = "spherical"
@@ -133,6 +134,27 @@ def errors_of(rows, *names):
         why = f"differ in {', '.join(differ)}" if differ else "have a seed twice"
         raise cli.UserError(f"{runs}: they {why}.\nGive files of results that belong together.")
     return [row["test_last"] for row in rows]
+
+
+def table(args):
+    """Print a Markdown table of errors at the last epoch, with p of a paired t test against naive fine-tuning.
+
+    A column is a task and a number of training samples; those with one method only are left out. Returns: column -> methods.
+    """
+    rows = [row for row in rows_in(args.inputs) if not args.methods or row["method"] in args.methods]
+    columns = {}
+    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
+        those = of(rows, task=task, n_train=n_train)
+        if len({row["method"] for row in those}) > 1:
+            cells = columns[f"{task}, {n_train:,} samples: {those[0]['metric']}"] = {}
+            for method, errors in errors_of(those, "method").items():
+                p = apart(those, task, method).split(" | ")[1]
+                cells[method] = f"{spread(errors)} (n {len(errors)}{f', p {p}' if p else ''})"
+    print(f"| method | {' | '.join(columns)} |\n|---" + "|---" * len(columns) + "|")
+    for method in known_methods(rows):
+        if any(method in cells for cells in columns.values()):
+            print(f"| {method} |", " | ".join(cells.get(method, "") for cells in columns.values()), "|")
+    return {column: list(cells) for column, cells in columns.items()}
 
 
 RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
@@ -360,8 +382,8 @@ def ablation(args):
 MANY = 999
 # what: smallest and largest number of arguments after it, function
 COMMANDS = {
-    "start": (1, MANY, start), "sizes": (1, MANY, against), "compute": (1, MANY, against), "curves": (1, MANY, curves),
-    "budget": (1, MANY, budget), "gate": (0, 0, gate), "ablation": (0, 0, ablation),
+    "table": (1, MANY, table), "start": (1, MANY, start), "sizes": (1, MANY, against), "compute": (1, MANY, against),
+    "curves": (1, MANY, curves), "budget": (1, MANY, budget), "gate": (0, 0, gate), "ablation": (0, 0, ablation),
 }  # fmt: skip
 
 

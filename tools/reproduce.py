@@ -241,9 +241,8 @@ def save(args):
 
 
 def spread(values):
-    """Format mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    """Format mean ± standard deviation, which a single value does not have."""
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def of(rows, **wanted):
