@@ -12,10 +12,9 @@
 
     python finetune.py --task spherical --mode naive
 
-Measured at an earlier budget, not converged (real images projected here, tiny scale, 5,000 samples, 12 epochs of 156 steps,
-3 seeds): test error 0.864 ± 0.004 (naive) and 0.929 ± 0.002 (scratch). Converged, cifar100, 2,000 images, 1,200 steps, last
-epoch, 3 seeds: 0.735 ± 0.007 (naive; 0.719 ± 0.005 at lr 1e-3), 0.686 ± 0.007 (norms), 0.714 ± 0.011 (lora). docs/results.md
-has the commands.
+Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch: error on cifar100 0.783 ± 0.005 (naive), 0.936 ± 0.004
+(scratch), 0.777 ± 0.007 (norms), 0.778 ± 0.003 (lora); on satellite 0.417 ± 0.012 (naive), 0.411 ± 0.025 (scratch).
+docs/results.md has the commands and more.
 
 All modes share the recipe of ORCA's configuration, and the option --init: in ORCA's release the naive baseline also starts
 from another embedder than ORCA, which is worth more than most methods. `--as-released` reproduces that start:
