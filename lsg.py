@@ -25,8 +25,9 @@ text` is that pull without graph and GCN, `random` and `simplex` are the same pu
 
     python lsg.py --task spherical
 
-Measured on cifar100, 10,000 real images, tiny scale, 4,000 steps, 3 seeds, last epoch: error 0.566 ± 0.003 with the graph of MiniLM,
-0.564 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no difference. docs/results.md has the table.
+Measured on cifar100, 10,000 real images, tiny scale, 4,000 steps, 3 seeds, last epoch: error 0.566 ± 0.003 with the graph of
+MiniLM, 0.564 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no difference. docs/results.md has
+the table.
 
 Names come with the task (`names` of data.Task); none are made up. `--as-released` follows the code where it differs from these
 lines: docs/paper-vs-code.md, L1 and L2.
