@@ -21,9 +21,9 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tu
 0.784 ± 0.003 (0.783 ± 0.005), on satellite 0.404 ± 0.019 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.271.
 
-Nobody published code. Signs in line 4 are Wang and Isola's (the slides print both terms negated, which would reward collapse);
-alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the texts: docs/paper-vs-code.md, M1 to M6, and
-docs/mona.md for how the defaults were found.
+No code has been published. Signs in line 4 are Wang and Isola's (the slides print both terms negated, which would reward
+collapse); alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the texts: docs/paper-vs-code.md, M1 to
+M6, and docs/mona.md for how the defaults were found.
 """
 
 import math

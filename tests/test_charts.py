@@ -61,8 +61,9 @@ def test_the_table_has_a_column_for_each_task_and_size(results, capsys):
     errors = {"naive": (0.5, 0.6, 0.7), "pare": (0.4, 0.52, 0.61)}  # pare: -0.09 ± 0.01, t = 9 sqrt(3)
     rows = [("a", method, seed, error, 1000, 9) for method, of_it in errors.items() for seed, error in enumerate(of_it)]
     rows += [("b", method, 0, error, 900, 9) for method, error in (("orca", 0.3), ("naive", 0.2), ("mona", 0.1))]
-    rows += [("a", "naive", 0, 0.1, 10, 9)]
-    charts.main(charts.Args("table", (str(results("all.csv", *rows)),), methods=("naive", "pare", "orca")))
+    rows += [("a", "naive", 0, 0.1, 10, 9), ("a", "mona", 0, 0.3, 1000, 9)]
+    file = str(results("all.csv", *rows))
+    charts.main(charts.Args("table", (file,), methods=("naive", "pare", "orca")))
     assert capsys.readouterr().out.splitlines() == [
         "| method | a, 1,000 samples: error | b, 900 samples: error |",
         "|---|---|---|",
@@ -70,6 +71,10 @@ def test_the_table_has_a_column_for_each_task_and_size(results, capsys):
         "| orca |  | 0.3000 (n 1) |",
         "| naive | 0.6000 ± 0.1000 (n 3) | 0.2000 (n 1) |",
     ]
+    charts.main(charts.Args("table", (file,), methods=("mona", "pare")))  # compared with naive all the same
+    assert "| pare | 0.5100 ± 0.1054 (n 3, p 0.0041) |\n" in capsys.readouterr().out
+    with pytest.raises(cli.UserError, match="no runs of orka"):
+        charts.main(charts.Args("table", (file,), methods=("orka",)))
 
 
 def test_sizes_are_means_over_seeds_by_method_and_number_of_samples(use, results):
@@ -109,15 +114,15 @@ def test_start_pairs_a_method_with_its_random_start(use, results):
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
-    """Finished runs of the variants, by their results alone: error 0.1 i for method i, ± 0.01 over two seeds."""
+def variants(tmp_path, monkeypatch):
+    """Finished runs of the variants, by their results alone: errors 0.1 i and 0.1 i + 0.02 for method i."""
 
     def write(methods):
         for i, method in enumerate(methods):
             monkeypatch.setitem(reproduce.METHODS, method, "")
             for seed in range(2):
                 row = {"task": "cifar100", "method": method.split("-")[0], "seed": seed, "metric": "error"}
-                row |= {"test": 0.1 * i + 0.02 * seed, "source": "voc" if "proxy" in method else "cifar10"}
+                row |= {"test": 9, "test_last": 0.1 * i + 0.02 * seed, "source": "voc" if "proxy" in method else "cifar10"}
                 folder = tmp_path / "all" / (method if "-" in method else "") / f"cifar100-{method}-s{seed}"
                 folder.mkdir(parents=True)
                 (folder / "result.json").write_text(json.dumps(row))
@@ -126,17 +131,17 @@ def table(tmp_path, monkeypatch):
     return write
 
 
-def test_gate_reads_the_runs_by_their_share(use, table):
+def test_gate_reads_the_runs_by_their_share(use, variants):
     methods = ["pare", "pare-k0.2", "pare-k0.4", "pare-chance", "pare-chance0.2", "pare-chance0.9", "pare-random", "naive"]
-    found = use("gate", "--task", "cifar100", "--out-dir", table(methods))
+    found = use("gate", "--task", "cifar100", "--out-dir", variants(methods))
     means = {name: {share: round(mean, 6) for share, (mean, _) in groups.items()} for name, groups in found.items()}
     assert means == {"the gate": {0.2: 0.11, 0.4: 0.21, 0.64: 0.01}, "chance": {0.2: 0.41, 0.64: 0.31, 0.9: 0.51}}
     assert found["chance"][0.9][1] == pytest.approx(0.02 / 2**0.5)
 
 
-def test_ablation_reads_the_runs_of_its_panels(use, table):
+def test_ablation_reads_the_runs_of_its_panels(use, variants):
     methods = ["naive", "orca", "orca-e5", "orca-proxy", "orca-freeze-both", "orca-random", "pare"]
-    found = use("ablation", "--task", "cifar100", "--out-dir", table(methods))
+    found = use("ablation", "--task", "cifar100", "--out-dir", variants(methods))
     means = {title: {name: round(mean, 6) for name, (mean, _) in groups.items()} for title, groups in found.items()}
     assert means == {
         "embedder epochs": {"0": 0.01, "5": 0.21, "20": 0.11},

@@ -49,7 +49,7 @@ class Args:
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
-    """table, sizes, compute: the methods. Default: all; sizes, compute: all that have runs at two places"""
+    """table, sizes, compute: methods to show. Default: all; sizes, compute: those with runs at two or more values of x"""
     out_dir: str = "runs"
     """gate, ablation: runs of tools/reproduce.py"""
     task: str = "spherical"
@@ -116,7 +116,7 @@ def rows_in(files):
     return [row for file in files for row in read_results(file)]
 
 
-ALIKE = ("metric", "data", "scale", "backbone", "lr", "epochs", "steps", "n_train")  # the runs of a mean are
+ALIKE = ("metric", "data", "scale", "backbone", "lr", "epochs", "steps", "n_train")  # what runs must share to be averaged
 
 
 def errors_of(rows, *names):
@@ -136,20 +136,29 @@ def errors_of(rows, *names):
     return [row["test_last"] for row in rows]
 
 
+def chosen(args, rows):
+    """The methods to show: --methods, or all of the rows. Raises UserError for a method without a row."""
+    have = {row["method"] for row in rows}
+    if unknown := [method for method in args.methods if method not in have]:
+        raise cli.UserError(f"{args.what}: the files of results have no runs of {unknown[0]} that could be shown.")
+    return args.methods or have
+
+
 def table(args):
     """Print a Markdown table of errors at the last epoch, with p of a paired t test against naive fine-tuning.
 
     A column is a task and a number of training samples; those with one method only are left out. Returns: column -> methods.
     """
-    rows = [row for row in rows_in(args.inputs) if not args.methods or row["method"] in args.methods]
-    columns = {}
+    rows, columns = rows_in(args.inputs), {}
+    methods = chosen(args, rows)
     for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
-        those = of(rows, task=task, n_train=n_train)
-        if len({row["method"] for row in those}) > 1:
-            cells = columns[f"{task}, {n_train:,} samples: {those[0]['metric']}"] = {}
-            for method, errors in errors_of(those, "method").items():
-                p = apart(those, task, method).split(" | ")[1]
-                cells[method] = f"{spread(errors)} (n {len(errors)}{f', p {p}' if p else ''})"
+        those, cells = of(rows, task=task, n_train=n_train), {}
+        for method, errors in errors_of(those, "method").items():
+            p = apart(those, task, method).split(" | ")[1]
+            cells[method] = f"{spread(errors)} (n {len(errors)}{f', p {p}' if p else ''})"
+        cells = {method: cell for method, cell in cells.items() if method in methods}
+        if len(cells) > 1:
+            columns[f"{task}, {n_train:,} samples: {those[0]['metric']}"] = cells
     print(f"| method | {' | '.join(columns)} |\n|---" + "|---" * len(columns) + "|")
     for method in known_methods(rows):
         if any(method in cells for cells in columns.values()):
@@ -201,12 +210,10 @@ def against(args):
     rows = [row for row in rows_in(args.inputs) if row["steps"]]  # references take no steps
     rows = [row | {"x": row["n_train"] if args.what == "sizes" else encoded(row)} for row in rows]
     rows = sorted((row for row in rows if row["x"]), key=lambda row: row["x"])
-    if unknown := sorted(set(args.methods) - {row["method"] for row in rows}):
-        raise cli.UserError(f"{args.what}: the files of results have no runs of {unknown[0]} that could be shown.")
-    points = {}
+    wanted, points = chosen(args, rows), {}
     for task, methods in errors_of(rows, "task", "method", "x").items():
-        chosen = args.methods or [method for method, at in methods.items() if len(at) > 1]
-        points[task] = {method: methods[method] for method in known_methods(rows) if method in methods and method in chosen}
+        methods = {method: at for method, at in methods.items() if method in wanted and (args.methods or len(at) > 1)}
+        points[task] = {method: methods[method] for method in known_methods(rows) if method in methods}
     points = {task: methods for task, methods in points.items() if methods}
     if not points:
         raise cli.UserError(f"{args.what}: no method has runs at two places.\nGive more files of results.")
@@ -223,7 +230,7 @@ def against(args):
             colour = COLOURS[names.index(method) % len(COLOURS)]
             methods[method] = dots(axis, at, colour, x=list(at), line="-", label=method)
         axis.set(xscale="log", xlabel=LABELS[args.what])
-        axis.set_xticks(sorted({x for at in methods.values() for x in at}), minor=False)
+        axis.set_xticks(sorted({x for at in methods.values() for x in at}))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter("")
         low, high = axis.get_ylim()
@@ -249,14 +256,15 @@ def finished(run):
     for name in ("result.json", "args.json"):  # a reference has no args.json
         if not (Path(run) / name).exists():
             raise cli.UserError(f"{run} holds no finished run ({name} is missing).\nGive the folder of a finished run.")
-    result = read(Path(run) / "result.json")
-    return result | json.loads((Path(run) / "result.json").read_text()) | {"variant": result["method"]}
+    file = Path(run) / "result.json"
+    result = read(file)
+    return result | {"variant": result["method"], "method": json.loads(file.read_text())["method"]}
 
 
 def curves(args):
     """Thin lines are runs, thick lines their mean over seeds. The loss of PaRe is a sum.
 
-    A colour is a method; with several tasks, rates, numbers of samples or of steps a method on one of them.
+    One colour for each method, or for each method, task, rate and number of samples or steps where these differ.
     """
     groups, seeds, results = {}, set(), [finished(run) for run in args.inputs]
     tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
@@ -331,8 +339,8 @@ def rows_of(args):
 
 
 def errors(rows, methods):
-    """The test errors over seeds of `methods` (name -> method): name -> list of errors, without methods that have no run."""
-    found = {name: [row["test"] for row in of(rows, method=method)] for name, method in methods.items()}
+    """The errors at the last epoch of `methods` (name -> method): name -> list over seeds, without methods that have no run."""
+    found = {name: errors_of(of(rows, method=method)) for name, method in methods.items()}
     return {name: values for name, values in found.items() if values}
 
 
