@@ -80,7 +80,10 @@ def plain(*axes, grid="both"):
 
 
 def readable(axis):
-    """A logarithmic y axis with decimal numbers, also between the powers of ten."""
+    """A logarithmic y axis with decimal numbers, also between the powers of ten; linear where the values are close."""
+    low, high = axis.dataLim.intervaly
+    if low <= 0 or high < 5 * low:
+        return
     axis.set_yscale("log")
     axis.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6, 8)))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -233,9 +236,7 @@ def against(args):
         axis.set_xticks(sorted({x for at in methods.values() for x in at}))
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter("")
-        low, high = axis.get_ylim()
-        if low > 0 and high > 4 * low:
-            readable(axis)
+        readable(axis)
         axis.set_title(f"{task}: {of(rows, task=task)[0]['metric']} on test", fontsize=11)
         axis.legend(fontsize=8, frameon=False)
     plain(*axes[0])
@@ -292,6 +293,7 @@ def curves(args):
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.locator_params(axis="x", integer=True)
+        readable(axis)
     plain(*axes)
     title = f"{', '.join(sorted(tasks))} (runs)" if len(tasks) == 1 else "task, method (runs)"
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, title=title)
