@@ -117,7 +117,7 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         d = 100 * np.subtract(*reproduce.pairs(rows, task, method, base))
         return f"{abs(d.mean()):.1f} ± {d.std(ddof=1):.1f}"
 
-    assert f"satellite by {points('satellite', 'orca')} points" in readme
+    assert f"satellite, by {points('satellite', 'orca')} points" in readme
     assert f"on cifar100, by {points('cifar100', 'contrast')} points. At rate 3e-3" in readme
     assert f"permuted labels the error is {points('satellite', 'orca-shuffled', 'orca')} points lower" in why
     assert f"they are worth {points('satellite', 'orca-bias')} points" in why
