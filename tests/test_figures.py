@@ -210,6 +210,7 @@ def test_the_probe_measures_what_a_run_left_of_the_source(script, tmp_path, caps
     naive, kept = tmp_path / "spherical-naive-tiny-swin-s0-toy", tmp_path / "kept"
     kept.mkdir()  # a run of PaRe that left the encoder as it was
     (kept / "result.json").write_text((naive / "result.json").read_text().replace("naive", "pare"))
+    (kept / "args.json").write_text((naive / "args.json").read_text())
     pretrained = common.load_source("tiny-swin").encoder.state_dict()
     torch.save({"net": {f"model.encoder.{k}": v for k, v in pretrained.items()}}, kept / "last.pt")
     figures.probe(figures.Args("probe", (str(naive), str(kept)), str(tmp_path / "data")))
