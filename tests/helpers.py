@@ -13,7 +13,8 @@ from conftest import ROOT  # which puts the project on the path
 import data
 import plots
 
-__all__ = ["DRAWN", "METHODS", "NOISE", "ROOT", "SHORT", "ended", "fork", "here", "result", "rows", "score", "weights"]
+__all__ = ["DRAWN", "METHODS", "NAIVE", "NOISE", "PARE", "ROOT", "SHORT", "ended", "fork", "here", "result", "rows", "score",
+           "two_runs", "weights"]  # fmt: skip
 METHODS = ["pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune"]
 SHORT = ["--task", "spherical", "--scale", "tiny", "--n-train", 64, "--epochs", 3]
 NOISE = ["--gate-noise", 1]  # random numbers that a resumed run has to draw again
@@ -31,6 +32,16 @@ def here(name, *command, out):
     module = importlib.import_module(name.removesuffix(".py"))
     options = [*map(str, command), "--data-dir", str(out / "none"), "--out-dir", str(out)]
     return module.main(tyro.cli(module.Args, args=options))
+
+
+PARE, NAIVE = "cifar100-pare-tiny-swin-s0-toy", "cifar100-naive-tiny-swin-s0-toy"
+
+
+def two_runs(out):
+    """The folders PARE and NAIVE in `out`: toy runs of PaRe and of naive fine-tuning."""
+    few = ["--task", "cifar100", "--scale", "tiny", "--n-train", 64, "--epochs", 2]
+    here("pare", *few, out=out)
+    here("finetune", *few, out=out)
 
 
 def fork(function, *arguments, before=lambda: None, **environment):

@@ -6,22 +6,17 @@ import json
 import numpy as np
 import pytest
 import tyro
-from helpers import here
+from helpers import NAIVE, PARE, two_runs
 from PIL import Image
 
 import cli
 from tools import charts, reproduce
 
-PARE, NAIVE = "cifar100-pare-tiny-swin-s0-toy", "cifar100-naive-tiny-swin-s0-toy"
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A toy run of PaRe and one of naive fine-tuning."""
     out = tmp_path_factory.mktemp("runs")
-    few = ["--task", "cifar100", "--scale", "tiny", "--n-train", 64, "--epochs", 2]
-    here("pare", *few, out=out)
-    here("finetune", *few, out=out)
+    two_runs(out)
     return out
 
 

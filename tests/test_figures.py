@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from helpers import here
+from helpers import NAIVE, PARE, two_runs
 from PIL import Image
 
 import cli
@@ -20,9 +20,7 @@ from tools import figures
 def runs(tmp_path_factory):
     """A toy run of PaRe and one of naive fine-tuning; beside them a CIFAR-10 and a Tiny-ImageNet of a few pictures."""
     out = tmp_path_factory.mktemp("runs")
-    few = ["--task", "cifar100", "--scale", "tiny", "--n-train", 64, "--epochs", 2]
-    here("pare", *few, out=out)
-    here("finetune", *few, out=out)
+    two_runs(out)
     rng = np.random.default_rng(0)
     folder = out / "data/cifar-10-batches-py"
     folder.mkdir(parents=True)
@@ -52,9 +50,6 @@ def use(runs, tmp_path):
         return found
 
     return run
-
-
-PARE, NAIVE = "cifar100-pare-tiny-swin-s0-toy", "cifar100-naive-tiny-swin-s0-toy"
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def dots(axis, groups, colour, x=None, line="none", label=None):
 
 
 def rows_in(files):
-    """The rows of several files of results. Raises UserError for a file that is missing or is no results.csv."""
+    """The rows of several results.csv."""
     return [row for file in files for row in read_results(file)]
 
 
@@ -253,13 +253,11 @@ LABELS = {"sizes": "training samples", "compute": "batches encoded, in optimizer
 
 
 def finished(run):
-    """The result.json of a run, with its rate "lr" and its "variant": the name of the method in tools/reproduce.py."""
+    """`read` of the folder of a run. Raises UserError if the run is not finished, or is that of a reference."""
     for name in ("result.json", "args.json"):  # a reference has no args.json
         if not (Path(run) / name).exists():
             raise cli.UserError(f"{run} holds no finished run ({name} is missing).\nGive the folder of a finished run.")
-    file = Path(run) / "result.json"
-    result = read(file)
-    return result | {"variant": result["method"], "method": json.loads(file.read_text())["method"]}
+    return read(Path(run) / "result.json")
 
 
 def curves(args):

@@ -55,7 +55,7 @@ class Fourier(nn.Module):
         return self.project(v).reshape(-1, *self.output)  # (B, 1, *space) -> (B, *output)
 
 
-def fourier(loaded, seed, epochs=10, batch_size=10):
+def fourier(loaded, seed, *_, epochs=10, batch_size=10):
     """A Fourier neural operator trained on the task's loss by AdamW, learning rate 2e-3, linear decay to 0.
 
     Takes about a minute on one core. Returns: predictions for the test set (n, *output).
@@ -103,13 +103,13 @@ def convnet(loaded, seed, options=()):
         return torch.cat([net(test.inputs(part)) for part in torch.arange(len(test)).split(256)])
 
 
-def mean(loaded, seed):
+def mean(loaded, *_):
     """The mean of the training targets for every test sample."""
     zero_is_mean = loaded.task.name == "darcy"  # its score adds the mean
     return (loaded.train.y.mean(0) * (not zero_is_mean)).expand_as(loaded.test.y)
 
 
-def same(loaded, seed):
+def same(loaded, *_):
     """The first channel of the input. Darcy: the normalised coefficient in place of the normalised pressure."""
     return loaded.test.inputs(slice(None))[:, 0].reshape(loaded.test.y.shape)
 
@@ -123,15 +123,15 @@ def classifier(model, loaded):
     return torch.from_numpy(np.log(p + 1e-12))  # the metrics expect logits
 
 
-def boosting(loaded, seed):
+def boosting(loaded, seed, *_):
     return classifier(HistGradientBoostingClassifier(random_state=seed), loaded)
 
 
-def logistic(loaded, seed):
+def logistic(loaded, seed, *_):
     return classifier(make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)), loaded)
 
 
-# name: (kind of target, modality or any, (loaded, seed) -> predictions for the test set)
+# name: (kind of target, modality or any, (loaded, seed, options of the methods) -> predictions for the test set)
 REFERENCES = {
     "boosting": ("class", "", boosting), "logistic": ("class", "", logistic), "convnet": ("class", "2d", convnet),
     "mean": ("field", "", mean), "input": ("field", "", same), "fourier": ("field", "", fourier),
@@ -139,9 +139,8 @@ REFERENCES = {
 
 
 def refer(name, loaded, seed, options=()):
-    """Test error of a reference by the task's metric; None if it does not fit the task. Only convnet knows options."""
+    """Test error of a reference by the task's metric; None if it does not fit the task. Only convnet has options."""
     target, modality, predict = REFERENCES[name]
     if loaded.task.target != target or modality not in ("", loaded.task.modality) or loaded.test.lazy:
         return None
-    out = predict(loaded, seed, options) if name == "convnet" else predict(loaded, seed)
-    return float(loaded.task.score(out.numpy(), loaded.test.y.numpy()))
+    return float(loaded.task.score(predict(loaded, seed, options).numpy(), loaded.test.y.numpy()))

@@ -185,10 +185,10 @@ def same_options(args):
 
 
 def read(file):
-    """The result.json of a run, with its learning rate. The method of a variant is the name of the variant."""
-    row, variant, options = json.loads(file.read_text()), file.parent.parent.name, file.with_name("args.json")
-    row["lr"] = json.loads(options.read_text())["lr"] if options.exists() else None  # references have none
-    return row | ({"method": variant} if "-" in variant and variant in METHODS else {})
+    """The result.json of a run, with its learning rate "lr" and its "variant": the name of the method in variants.py."""
+    row, parent, options = json.loads(file.read_text()), file.parent.parent.name, file.with_name("args.json")
+    lr = json.loads(options.read_text())["lr"] if options.exists() else None  # references have none
+    return row | {"lr": lr, "variant": parent if "-" in parent and parent in METHODS else row["method"]}
 
 
 def read_results(path):
@@ -214,14 +214,14 @@ def collect(out_dir, known=""):
     note = Path(out_dir) / "options.json"
     chosen = json.loads(note.read_text()) if note.exists() else {}
     if known and Path(known).exists():
-        rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)}
         same = lambda row, of: (row["options"], row["scale"]) == (options_of(of), of["scale"])
-        rows = {key: row for key, row in rows.items() if key[0] not in chosen or same(row, chosen[key[0]])}
+        rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)
+                if row["task"] not in chosen or same(row, chosen[row["task"]])}  # fmt: skip
     variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
         row = read(file)
+        row |= {"method": row["variant"], "options": options_of(chosen[row["task"]]) if row["task"] in chosen else ""}
         key = row["task"], row["method"], row["seed"]
-        row["options"] = options_of(chosen[row["task"]]) if row["task"] in chosen else ""
         if key not in rows or rows[key]["data"] == "toy":
             rows[key] = {name: row.get(name) for name in COLUMNS}
     return list(rows.values())
