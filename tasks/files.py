@@ -180,7 +180,8 @@ def fetch(download, data_dir):
                     archive.extractall(path.parent)
             else:
                 with tarfile.open(path) as archive:
-                    archive.extractall(data_dir, filter="data")
+                    archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+                    archive.extractall(data_dir)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is not a whole archive ({error}).\nRemove it and download it again.") from error
         path.unlink()
