@@ -200,8 +200,8 @@ class DensePredictor1d(nn.Module):
         width: F.
         out: (c, L_out), L_out = N k.
         stack: k.
-        pooling: False, a learned linear map F -> c k, as the papers' text has it. True, the released head: averages of
-            groups of features, nothing learned.
+        pooling: False, a learned linear map F -> c k, as ORCA's text has it (from memory: O9). True, the released head:
+            averages of groups of features, nothing learned.
     """
 
     def __init__(self, width, out, stack, pooling=False):
@@ -368,7 +368,8 @@ def exact_cost(cost, a, b):
 def entropic_cost(cost, a, b, reg, symmetric=False, info=None, tolerance=1e-3, max_iterations=5000):
     """Entropic transport costs of a batch of problems (Sinkhorn), in the log domain, until the marginals hold.
 
-        OT_reg = min over plans pi of <pi, cost> + reg KL(pi | a b^T) = max over f, g of <a, f> + <b, g>
+        OT_reg = min over plans pi of <pi, cost> + reg KL(pi | a b^T)
+               = max over f, g of <a, f> + <b, g> - reg (sum_ij pi_ij - 1), whose last term is 0 at the optimum
         f_i = -reg log sum_j b_j exp((g_j - cost_ij) / reg),   g likewise,   pi_ij = a_i b_j exp((f_i + g_j - cost_ij) / reg)
 
     The stabilised algorithm with absorption (Schmitzer 2019): reg is annealed from the largest cost, divided by 4 each time. At

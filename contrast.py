@@ -8,7 +8,7 @@ was found, and its loss cannot be run as printed. This file is a well-posed read
     2  z = mean over tokens of g(embedder(x'))                       g the pretrained encoder, frozen
     3  L_i = mean over positives p of [ -s_ip / tau + log( sum_q exp(s_iq / tau) + sum_n lambda_in exp(s_in / tau) ) ]
        s = cos(z_i, z_j); positives p, q have the label of i, negatives n another one, less alike -> larger lambda_in
-    4  step on the embedder alone along the gradient of the mean of L_i
+    4  step on the embedder alone down the gradient of the mean of L_i
     stage 2, PaRe with other scores; in epoch ep of EP: k = k0 (1 - ep / EP), lambda = k / k0 (not lambda_in of line 3):
     5  S = attention rollout: how much of the mean output token comes from each input token, of source and target samples
     6  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s
@@ -108,9 +108,9 @@ def views(x, sigmas, T, mean=0.0, std=1.0):
 
 
 def expand(x, y, sigmas, T, mean=0.0, std=1.0):
-    """The slides' whole expanded set, M = N K T samples: each sample with each sigma and t = 1 ... T. Labels repeat.
+    """The slides' whole expanded set (their M = N K T): each of n samples with each of S sigmas and t = 1 ... T. Labels repeat.
 
-    x (N, ...), y (N, ...) -> (K T N, ...), (K T N, ...). Stage 1 draws views as it goes instead.
+    x (n, ...), y (n, ...) -> (S T n, ...), (S T n, ...). Stage 1 draws views as it goes instead.
     """
     every = [noisy(x, sigma, t, mean, std) for sigma in sigmas for t in range(1, T + 1)]
     return torch.cat(every), torch.cat([y] * len(every))
@@ -334,7 +334,7 @@ def main(args):
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         order_s = source_set.plan(steps, args.batch_size, args.seed, epoch)[0][:, run.rank :: run.world].to(device)  # contrast
         k = schedule(epoch, args.epochs, k0, k_end)  # contrast
-        lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # contrast: lambda
+        lam = k / max(1, k0 if args.ratio == "k/k0" else N)  # contrast: lambda
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps

@@ -13,8 +13,8 @@ joins the graph as a neighbour of its own label, and the output of the GCN for i
     3  A^ = D^-1/2 A D^-1/2,  O = A^ LeakyReLU(A^ T W1) W2;  W1, W2 <- argmin L(O, class), then frozen
     stage 2:
     4  h = H(mean over tokens of encoder(embedder(x))), H linear
-    5  A_a = [[A, S], [S^T, M]]: S = 1 where a sample has the class of a node; M = 1 where two samples share a class, and on its
-       diagonal. G = LeakyReLU(A_a^ [T; h] W1),  O = A_a^ G W2;  g_i and o_i are the rows of sample i
+    5  A_a = [[A, S], [S^T, M]]: S (the figure's P) = 1 where a sample has the class of a node; M = 1 where two samples share
+       a class, and on its diagonal. G = LeakyReLU(A_a^ [T; h] W1),  O = A_a^ G W2;  g_i and o_i are the rows of sample i
     6  L = L(model(x), y) + w_a L(o, y) + w_r mean over i of |unit(h_i) - unit(g_i)|, g_i taken as constant
 
     K classes, P prompts for each, n nodes of width d (that of the text encoder), B samples
@@ -26,8 +26,8 @@ text` is that pull without graph and GCN, `random` and `simplex` are the same pu
     python lsg.py --task spherical
 
 Measured on cifar100, 10,000 real images, tiny scale, 4,000 steps, 3 seeds, last epoch: error 0.566 ± 0.003 with the graph of
-MiniLM, 0.564 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no difference. docs/results.md has
-the table.
+MiniLM, 0.564 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no significant
+difference. docs/results.md has the table.
 
 Names come with the task (`names` of data.Task); none are made up. `--as-released` follows the code where it differs from these
 lines: docs/paper-vs-code.md, L1 and L2.
@@ -271,15 +271,15 @@ def main(args):
     run = Run(args, "lsg")  # LSG
     run.args = replace(run.args, text_encoder=args.text_encoder or common.DEFAULT_BACKBONE["1d", run.args.scale])  # LSG
     args, device = run.args, run.device
-    weights = (args.align_weight, args.regularise_weight) if args.align_weight + args.regularise_weight > 0 else ()  # LSG
-    if weights and data.find_task(args.task).target == "field":  # LSG
+    guided = args.align_weight + args.regularise_weight > 0  # LSG
+    if guided and data.find_task(args.task).target == "field":  # LSG
         raise cli.UserError(f"{args.task} predicts a field: there are no classes that could have names.")  # LSG
     with run.first_process_first():
         source = common.load_source(args.backbone)  # LSG
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        if weights:  # LSG
+        if guided:  # LSG
             t, A = label_nodes(loaded, args, device)  # LSG
     task, train = loaded.task, loaded.train
     if not run.start(train):  # LSG
@@ -294,7 +294,7 @@ def main(args):
 
     # ---- LSG: stage 1, the GCN alone, and what guides
     net = model
-    if weights:
+    if guided:
         if args.prototypes == "graph":
             with torch.random.fork_rng(devices=[]):
                 seed_everything("GCN", args.seed)
@@ -331,10 +331,11 @@ def main(args):
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.no_sync_unless(step_follows, net):
                 with run.autocast():
-                    out, *guides = net(x, y) if weights else (net(x),)  # LSG: (B, K), and two scalars
+                    out, align, regularise = net(x, y) if guided else (net(x), 0.0, 0.0)  # LSG: (B, K), and two scalars
                 loss = task.loss(out, y)
-                for i, (weight, term) in enumerate(zip(weights, guides, strict=True)):  # LSG: line 6
-                    loss, totals[i] = loss + weight * term, totals[i] + term.detach()  # LSG
+                loss = loss + args.align_weight * align + args.regularise_weight * regularise  # LSG: line 6
+                if guided:  # LSG
+                    totals += torch.stack([align, regularise]).detach()  # LSG
                 (loss / window).backward()  # averaged over the window; the official codes sum
             if step_follows:
                 if args.clip > 0:
@@ -348,7 +349,7 @@ def main(args):
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
         row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
-        row |= dict(zip(("align", "regularise"), (totals / steps).tolist(), strict=True)) if weights else {}  # LSG
+        row |= dict(zip(("align", "regularise"), (totals / steps).tolist(), strict=True)) if guided else {}  # LSG
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation

@@ -56,7 +56,7 @@ class Args(cli.Args):
     """alpha, of the virtual step; found for tiny-swin. lambda alpha weighs the outer gradient, see `ratio`. The log's `step` is
     |theta* - theta_0| / |theta_0|: 0.0025 there; with another backbone choose alpha so that it is of that order"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
-    """weight of the source's loss. 0: embedder warm-up"""
+    """weight of the source's loss. 0: warm-up of embedder and predictor; with --predictor frozen, of the embedder alone"""
     gradient: Literal["finite-difference", "exact"] = "finite-difference"
     """of L_outer. exact: double backward, with more memory"""
     predictor: Literal["trained", "frozen"] = "trained"
@@ -107,7 +107,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
                                 = -lambda alpha (grad_e L_inner(theta_0 + c v) - grad_e L_inner(theta_0 - c v)) / 2c + O(c^2)
 
     which a finite difference gets from two more gradients of the ordinary kind, at the memory of ordinary training. Taking
-    theta* for a constant (first-order MAML) leaves nothing of it: then stage 1 is embedder warm-up. The virtual step of
+    theta* for a constant (first-order MAML) leaves nothing of it: then stage 1 is a plain warm-up. The virtual step of
     embedder and predictor does not enter.
 
     Args:
@@ -219,7 +219,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
         rows.append(row)
     if args.lambda_ > 0 and rows[-1]["ratio"] < 0.01:
         print(
-            "MoNA    the source's part of the gradient is below 1 %: this was embedder warm-up. Raise --inner-lr or --lambda."
+            "MoNA    the source's part of the gradient is below 1 %: this was a plain warm-up. Raise --inner-lr or --lambda."
         )
     return rows
 

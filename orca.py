@@ -10,7 +10,7 @@ until embedded target data lie close to embedded source data of the same kind of
     2  u_t = mean over tokens of embedder(x_t), with labels y_t              at most max_samples of each class
     3  OTDD = min over plans pi of sum_ij pi_ij (1/2 |u_i - u_j|^2 + 1/2 W^2(y_i, y_j))
        W^2(y, y') the transport cost between the samples of class y and those of class y'
-    4  one step on the embedder along the gradient of the sum over classes (n_c / n) OTDD
+    4  one step on the embedder down the gradient of OTDD
     stage 2:
     5  L = L(h(g(embedder(x_t))), y_t), step on embedder, encoder g and predictor h
 
@@ -20,9 +20,10 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tu
 0.783 ± 0.003 (0.783 ± 0.005), on satellite 0.378 ± 0.010 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.299.
 
-In line 3 the text has all classes in one problem, and so has the tiny scale here; the full scale has ten in each,
-`--classes-per-problem`. The official code has one class in each and holds W^2 constant: labels then change neither the
-plan nor the gradient. `--as-released` optimises what that code does. docs/paper-vs-code.md, O1 to O8, says more.
+Line 3 has all target classes in one problem, as OTDD is defined; so has the tiny scale. The full scale has ten in each,
+`--classes-per-problem`, and line 4 then sums over problems, weighted by their share of the samples. The official code has one
+class in each and holds W^2 constant: labels then change neither the plan nor the gradient. `--as-released`
+optimises what that code does. docs/paper-vs-code.md, O1 to O8, says more.
 """
 
 import time
@@ -43,7 +44,7 @@ class Args(cli.Args):
     """The options of ORCA; those that all methods share are in cli.Args."""
 
     embedder_epochs: int | None = None
-    """steps of stage 1, which each visit every class. 0: naive fine-tuning. Default: 60, at the tiny scale 20"""
+    """steps of stage 1; each visits every class. 0: naive fine-tuning. Default: 60 (ninapro 100, OpenML 20); tiny scale 20"""
     embedder_lr: float | None = None
     """of stage 1, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times the lr of one batch, or lr if
     that is above 1e-3"""
@@ -54,11 +55,11 @@ class Args(cli.Args):
     """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official), for GPUs; 0 (tiny): exact
     linear programmes, faster on CPUs"""
     classes_per_problem: int | None = None
-    """target classes in one transport problem. Default: all, as in the text (tiny); 10 (full), to save time and memory"""
+    """target classes in one transport problem. Default: all, as OTDD is defined (tiny); 10 (full), to save time and memory"""
     max_samples: int | None = None
     """samples of a target class in an embedder epoch, drawn anew in each"""
     source_samples: int | None = None
-    """number of source samples in the distance"""
+    """source samples in the distance"""
 
 
 def make_distance(u_s, y_s, objective="otdd", inner="exact", reg=0.0):
@@ -101,7 +102,7 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
     """
     # as released the label term W^2 is a constant of each class, left out here, and each class is a problem of its own
     otdd, released = args.objective.startswith("otdd"), args.as_released
-    inner = "none" if released else {"otdd-gaussian": "gaussian"}.get(args.objective, "exact")
+    inner = "gaussian" if args.objective == "otdd-gaussian" else "none" if released else "exact"
     per_problem = args.classes_per_problem if otdd and not released else 1
     distance = make_distance(u_s, y_s, args.objective, inner, args.reg)
     lr, weight_decay = data.of_one_batch(args, "orca")

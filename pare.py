@@ -8,7 +8,7 @@ source, on which the encoder was pretrained, and ends at the target.
 
     in epoch ep of EP:   k = k0 (1 - ep / EP),   lambda = k / k0
     1  X_t = embedder(x_t)                       N target tokens of width D
-    2  X_s = source embedder(x_s)                N source tokens, the pretrained embedder, frozen
+    2  X_s = source embedder(x_s)                N_s source tokens (images: N; text: 32), the pretrained embedder, frozen
     3  S   = sigmoid(FC(X))                      the gate: one score for each token, shared by source and target
     4  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s
     5  L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)        g the encoder, h the predictors
@@ -45,9 +45,11 @@ class Args(cli.Args):
     """The options of PaRe; those that all methods share are in cli.Args."""
 
     k_begin: float | None = None
-    """k0 as a share of the N target tokens; 0.64 is the official 2000 of 3136. Try less if images are far from the target"""
+    """k0 as a share of the N target tokens, at most N_s; 0.64 is the official 2000 of 3136. Try less if images are far from the
+    target"""
     k_end: float | None = None
-    """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration (500 of 3136)"""
+    """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration, 500 of 3136 for
+    images"""
     ratio: Literal["k/k0", "k/N"] | None = None
     """lambda, the weight of the source label: k/k0 (text, default) starts at 1, k/N (code) is the share of source tokens"""
     mix_weight: float | None = None
@@ -87,7 +89,7 @@ def top_k_mask(scores, k, temperature=0.9):
         return hard  # no choice, or no gradient
     s = scores / temperature
     with torch.no_grad():
-        offset = torch.logit(torch.tensor(k / N))  # brackets the root: sum p <= k at min s - offset, >= k at max s - offset
+        offset = torch.logit(torch.tensor(k / N))  # brackets the root: sum p >= k at min s - offset, <= k at max s - offset
         low, high = s.amin(1, keepdim=True) - offset, s.amax(1, keepdim=True) - offset  # (B, 1)
         for _ in range(30):
             threshold = (low + high) / 2
@@ -229,7 +231,7 @@ def main(args):
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         batches_s = source_set.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)  # PaRe
         k = schedule(epoch, args.epochs, k0, k_end)  # PaRe
-        lam = k / (k0 if args.ratio == "k/k0" else N) if k else 0.0  # PaRe: lambda
+        lam = k / max(1, k0 if args.ratio == "k/k0" else N)  # PaRe: lambda
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps

@@ -10,7 +10,7 @@ possible about the target's.
     stage 0:
     1  p_s(z | x) = softmax(h_s(mean over tokens of g(source embedder(x))))       h_s trained on source labels, then frozen
     stage 1, feature alignment, in each align epoch:
-    2  u_s, u_t = mean over tokens of the embedded samples; one step on the embedder along the gradient of
+    2  u_s, u_t = mean over tokens of the embedded samples; one step on the embedder down the gradient of
        OT(u_s, u_t) = min over plans pi of sum_ij pi_ij 1/2 |u_i - u_j|^2         OTDD without labels
     stage 1, feature-label distortion, in each label step:
     3  pi(z', z) = mean over i of 1{y_i = z'} p_s(z | g(embedder(x_i)))           target label and predicted source label
@@ -28,7 +28,7 @@ predicted as one source class: `--distortion entropy`.
 Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tuning in parentheses: error on cifar100
 0.786 ± 0.010 (0.783 ± 0.005), on satellite 0.380 ± 0.009 (0.417 ± 0.012). docs/results.md has the commands and more.
 
-Released and published versions differ: docs/paper-vs-code.md, R1 to R12. `--as-released` follows the code in R3 to R6 and R9.
+Released and published versions differ: docs/paper-vs-code.md, R1 to R13. `--as-released` follows the code in R3 to R6 and R9.
 """
 
 import functools
@@ -123,11 +123,13 @@ def entropies(pi):
 def released_groups(y_t, args, generator):
     """The official code's steps of a label epoch: groups of one class, index (m,), and the weights of their losses (R5, R6).
 
-    w = n_c / n * m / (number of batches of class c); a rest of less than half a group is left out.
+    A group is whole batches of `batch_size`, at least label_samples. A rest of less than half of label_samples is left out.
+    w = n_c / n * m / (number of batches of class c).
     """
+    size = args.batch_size * -(-args.label_samples // args.batch_size)
     for c in y_t.unique()[torch.randperm(len(y_t.unique()), generator=generator)]:
         members = torch.nonzero(y_t == c).squeeze(1)
-        groups = members[torch.randperm(len(members), generator=generator)].split(args.label_samples)
+        groups = members[torch.randperm(len(members), generator=generator)].split(size)
         batches = -(-len(members) // args.batch_size)
         yield from ((g, len(members) / len(y_t) * len(g) / batches) for g in groups if 2 * len(g) >= args.label_samples)
 
@@ -181,7 +183,10 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         generator = torch.Generator().manual_seed(cli.stream("labels", args.seed, epoch))
         start = time.perf_counter()
         if args.as_released:
-            for index, weight in released_groups(y_t, args, generator):
+            groups = list(released_groups(y_t, args, generator))
+            if not groups:
+                raise cli.UserError("No class has enough samples for a step of --as-released.\nLower --label-samples.")
+            for index, weight in groups:
                 _, h_group, _ = entropies(predict(index).mean(0)[None])  # H of the group's mean prediction
                 take_step(optimizer, parameters, weight * h_group)
         else:
@@ -205,8 +210,9 @@ def main(args):
         loaded = data.load(
             args.task, args.data_dir, f"{args.out_dir}/cache", args.scale, args.n_train, args.seed, device, args.as_released
         )
-        named = args.source, args.data_dir, args.scale, args.source_samples, args.seed  # RECRAFT
-        source_set = data.load_proxy(*named, device, source.tokenizer)  # RECRAFT
+        source_set = data.load_proxy(  # RECRAFT
+            args.source, args.data_dir, args.scale, args.source_samples, args.seed, device, source.tokenizer  # RECRAFT
+        )  # RECRAFT
     task, train = loaded.task, loaded.train
     if not run.start(train, source_set):  # RECRAFT
         return

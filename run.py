@@ -115,7 +115,7 @@ def average_gradients(parameters):
 
 
 def take_step(optimizer, parameters, loss):
-    """One step on `parameters`, and nothing else, along the gradient of a loss on samples of all processes."""
+    """One step on `parameters`, and nothing else, down the gradient of a loss on samples of all processes."""
     loss.backward(inputs=parameters)  # weights that the loss passes through get none
     average_gradients(parameters)
     optimizer.step()

@@ -11,6 +11,7 @@ from helpers import SHORT, rows, weights
 from safetensors.torch import load_file
 from torch import nn
 
+import cli
 import common
 import data
 import orca
@@ -185,6 +186,12 @@ def test_as_released_steps_through_groups_of_one_class():
     assert {(int(y[g][0]), round(w, 6)) for g, w in groups} == {
         (0, round(70 / 113 * 32 / 5, 6)), (1, round(33 / 113 * 32 / 3, 6)),
     }  # fmt: skip
+    args.label_samples = 20  # two batches of 16, and a rest counts from 10
+    groups = list(recraft.released_groups(y, args, torch.Generator().manual_seed(0)))
+    assert sorted((int(y[g][0]), len(g)) for g, _ in groups) == [(0, 32), (0, 32), (1, 32), (2, 10)]
+    stage, _ = small_stage(as_released=True, reg=0.0, align_epochs=0, label_epochs=1, label_samples=500)
+    with pytest.raises(cli.UserError, match="Lower --label-samples"):
+        recraft.learn_embedder(*stage)
     stage, _ = small_stage(as_released=True, reg=0.0, align_epochs=0, label_epochs=3, label_samples=20, label_lr=1e-2)
     h_s = stage[2]
     before = h_s.weight.clone()
