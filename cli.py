@@ -17,7 +17,7 @@ import numpy as np
 POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "tau",
             "embedder_lr", "meta_lr", "inner_lr", "label_lr", "max_samples", "align_samples", "label_samples",
             "contrast_samples", "noise_steps", "rank", "alpha", "classes_per_problem", "source_samples", "gcn_steps",
-            "jobs")  # fmt: skip
+            "jobs", "rounds", "steps", "save_every")  # fmt: skip
 LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
            "embedder_epochs": 1e6, "meta_epochs": 1e6, "align_epochs": 1e6, "label_epochs": 1e6, "contrast_epochs": 1e6,
            "reg": 1e9, "lambda_": 1e9, "sigmas": 1, "momentum": 1, "dropout": 1, "mix_weight": 1e6, "warmup_epochs": 1e6,
@@ -155,7 +155,7 @@ def guarded(main, *args):
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint."
-    except (PermissionError, NotADirectoryError) as error:
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         message = f"{error.filename}: {error.strerror}.\nGive a folder that you can write to."
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

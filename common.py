@@ -222,14 +222,15 @@ def make_predictor(output, target, source, embedder, pooling=False):
         output: shape of one prediction: (K,); (H, W) or (c, H, W); (c, L_out).
         target: "class", "labels" or "field".
         pooling: the released head of 1D fields, see `DensePredictor1d`.
-    Raises: ValueError if a 1D field is no whole number of time steps for every token.
+    Raises: UserError if a 1D field is no whole number of time steps for every token.
     """
     if target != "field":
         return ClassPredictor(source.feature_width, output[0])
     if source.modality == "2d":
         return DensePredictor2d(source.feature_width, output, source.encoder.reduction)
     if output[1] % embedder.tokens:
-        raise ValueError(f"{embedder.tokens} tokens cannot predict {output[1]} time steps: not a whole number each")
+        raise UserError(f"{embedder.tokens} tokens cannot predict {output[1]} time steps: not a whole number each.\n"
+                        "Give the task other `tokens`, or another `output`.")  # fmt: skip
     return DensePredictor1d(source.feature_width, output, output[1] // embedder.tokens, pooling)
 
 

@@ -477,8 +477,9 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
         if task.simulate:
             print(f"SIMULATED: {missing}\n           The equation is solved here instead.")
             train, test, kind, *changes = task.simulate(cache, scale, n_train, as_released, device)
-        elif scale != "tiny":
-            raise Missing(f"{task.name}: {missing}\n{advice} To try without: --scale tiny.") from None
+        elif scale != "tiny" or task.toy is None:
+            without = " To try without: --scale tiny." * (task.toy is not None)
+            raise Missing(f"{task.name}: {missing}\n{advice}{without}") from None
         else:
             print(f"TOY DATA: {missing}\n          Generated data take the place of {task.name}; {advice}")
             most = max(24, 2**25 // math.prod(task.shape))  # 128 MB
@@ -493,7 +494,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     classes = None if task.target == "field" else max(toy_classes, default=task.output[0])
     order = np.random.default_rng(stream("validation split", seed)).permutation(len(train[0]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
-    n_val = max(1, n_train // 9)
+    n_val = min(max(1, n_train // 9), len(order) - n_train)
     if (groups := getattr(train[0], "groups", None)) is not None:  # a tenth of the groups, whole, comes first
         kinds = np.random.default_rng(stream("validation groups", seed)).permutation(np.unique(groups))
         held = np.isin(groups[order], kinds[: max(1, len(kinds) // 10)])  # (n,) in the order drawn

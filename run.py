@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
@@ -408,7 +409,7 @@ class Run:
             order = np.concatenate([np.arange(len(split))[rank :: self.world] for rank in range(self.world)]).argsort()
             out, y = (np.concatenate(parts)[order] for parts in zip(*shares, strict=True))  # as in the split
         self.answers = out, y
-        return task.score(out, y) if np.isfinite(out).all() else math.nan
+        return float(task.score(out, y)) if np.isfinite(out).all() else math.nan
 
     def resume(self, net, optimizer, schedule):
         """Load the last finished epoch if there is one. Returns the number of the next epoch, from 0."""
@@ -424,7 +425,10 @@ class Run:
             self.history, self.best, self.best_epoch, self.seconds = (
                 state[k] for k in ("history", "best", "best_epoch", "seconds")
             )
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            with safe_open(self.best_file, "pt") as best:
+                if json.loads((best.metadata() or {}).get("epoch", "0")) > len(self.history):
+                    self.best = math.inf  # killed between the two files: that epoch is repeated, and was the best
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
             raise UserError(
                 f"{self.last} is no checkpoint of this run ({reason(error)}).\nRemove the folder to start over."
             ) from error
@@ -455,7 +459,7 @@ class Run:
         if self.rank > 0:
             return
         if improved:
-            self.write_best(model.state_dict())
+            self.write_best(model.state_dict(), epoch=epoch + 1)
         state = {
             "run": self.folder.name,
             "net": getattr(net, "module", net).state_dict(),
@@ -476,6 +480,9 @@ class Run:
         weights = {name: value.contiguous() for name, value in weights.items()}
         write(self.best_file, to_safetensors(weights, {name: json.dumps(value) for name, value in about.items()} or None))
 
+    def read_best(self):
+        return from_safetensors(self.best_file.read_bytes())  # not mapped: Windows replaces no file that is
+
     def write_history(self):
         rows = [{"stage": 1, **row} for row in self.stage1] + self.history
         write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -492,7 +499,7 @@ class Run:
         if self.best_epoch < len(self.history):
             if self.world > 1:
                 torch.distributed.barrier()  # the best checkpoint is on disk
-            model.load_state_dict(load_file(self.best_file, device=str(self.device)))
+            model.load_state_dict(self.read_best())
             test = self.evaluate(model, loaded.test, task)
         if not (math.isfinite(test) and math.isfinite(test_last)):
             raise UserError(
@@ -524,7 +531,7 @@ class Run:
                 shown = replace(task, names=task.toy_names if loaded.train.kind == "toy" else task.names)
                 write(self.folder / "predictions.png", plots.predictions(title, shown, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
-            self.write_best(load_file(self.best_file), **about)
+            self.write_best(self.read_best(), **about)
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
             if self.tracker:
                 self.tracker.end(result)

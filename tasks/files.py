@@ -271,13 +271,25 @@ def beside(path, name):
     return path
 
 
-def save_array(path, array):
-    """Write an .npy file under a temporary name, then rename it: another run may be writing the same file."""
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write bytes to, which takes the name `path` once it is whole: another process may be writing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    with unfinished.open("wb") as file:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:  # that of a full disk: numpy's has no number
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_array(path, array):
+    """Write an .npy file."""
+    with replacing(path) as file:
         np.save(file, array)
-    unfinished.replace(path)
 
 
 def kept(cache, name, what, make):
@@ -472,9 +484,6 @@ def map_npz(path, name, cache):
         unpacked = cache / f"{path.stem}-{name}-{info.CRC:08x}.npy"
         if not unpacked.exists():
             print(f"unpacking {name} of {path.name}, once: {unpacked}")
-            cache.mkdir(parents=True, exist_ok=True)
-            unfinished = unpacked.with_suffix(f".{os.getpid()}.part")
-            with archive.open(info) as packed, unfinished.open("wb") as out:
+            with archive.open(info) as packed, replacing(unpacked) as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
-            unfinished.replace(unpacked)
         return np.load(unpacked, mmap_mode="r")

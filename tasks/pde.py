@@ -3,7 +3,8 @@
     python tasks/pde.py --task all --samples 100        solve 100 samples of each dataset and print the time
 
 A simulated dataset is fixed like a downloaded file: its random seeds do not depend on the seed of the run, so all runs use the
-same samples. Random numbers are drawn on the CPU, whatever the device.
+same samples. A smaller set (`--n-train`) is no part of a larger one; below 180 training samples the test set is another, too.
+Random numbers are drawn on the CPU, whatever the device.
 
     advection1d           exact: the translated initial function
     burgers1d             exact in time by the Cole-Hopf transformation, spectral in space

@@ -10,7 +10,6 @@ import hashlib
 import http.client
 import itertools
 import json
-import os
 import re
 import urllib.parse
 import urllib.request
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import Missing, UserError
-from tasks.files import check, check_shape, reading
+from tasks.files import check, check_shape, reading, replacing
 from tasks.scores import cross_entropy
 
 SKLEARN_COPIES = {61: "load_iris", 187: "load_wine", 1510: "load_breast_cancer", 28: "load_digits"}
@@ -97,10 +96,8 @@ def download(url, number):
 
 def save(path, content):
     """Write `content` gzip-compressed; what was at `path` before is replaced only by the complete file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_bytes(gzip.compress(content))
-    unfinished.replace(path)
+    with replacing(path) as file:
+        file.write(gzip.compress(content))
 
 
 def fetch_table(number, data_dir):
@@ -362,8 +359,8 @@ def of_training_rows(statistics):
         beyond = x[:, channels:].any((1, 2))  # (n,)
         if beyond.any():
             raise UserError(
-                f"{where}: sample {beyond.argmax()} lacks a category; no value of this column was missing in the table.\n"
-                f"Wrong in {beyond.sum():,} of {len(x):,} samples: fill them in, or leave these samples out."
+                f"{where}: sample {beyond.argmax()} lacks a category, or has one that no row of the table had.\n"
+                f"Wrong in {beyond.sum():,} of {len(x):,} samples: correct them, or leave these samples out."
             )
         return x[:, :channels]  # (n, C, F)
 

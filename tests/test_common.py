@@ -169,7 +169,7 @@ def test_which_predictor_a_task_gets(roberta):
     assert predictor.stack == embedder.stack == 32 and out.shape == (2, 1, 1024)
     released = common.make_predictor((3, 512), "field", roberta, embedder, pooling=True)
     assert released(torch.randn(1, 32, 128)).shape == (1, 3, 512)
-    with pytest.raises(ValueError, match="32 tokens cannot predict 1000"):
+    with pytest.raises(cli.UserError, match="32 tokens cannot predict 1000"):
         common.make_predictor((1, 1000), "field", roberta, embedder)
 
 

@@ -181,6 +181,11 @@ def test_mistakes_are_told(use, runs, tmp_path):
     ):
         with pytest.raises(cli.UserError, match=message):
             use(what, *words, data_dir="data")
+    torch.save({"net": {"model.encoder.x": torch.zeros(1), "A.0": torch.zeros(1)}}, tmp_path / "last.pt")
+    with pytest.raises(cli.UserError, match="is a LoRA run"):
+        figures.weights(tmp_path)
+    with pytest.raises(cli.UserError, match="has no last.pt"):
+        figures.weights(tmp_path / "pruned")
 
 
 def test_a_run_is_not_rebuilt_on_other_data(use, runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import zipfile
 
@@ -68,6 +69,17 @@ def test_a_server_without_ranges_starts_over_and_a_complete_part_is_taken(tmp_pa
     server.ranges = True
     files.fetch(download, tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == server.content
+
+
+def test_a_full_disk_leaves_no_part_of_an_array(tmp_path, capsys):
+    path, part = tmp_path / "a/x.npy", tmp_path / f"a/x.npy.{os.getpid()}.part"
+    part.parent.mkdir()
+    part.symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="2"):
+        cli.guarded(files.save_array, path, np.zeros(10**5))
+    assert "no space left, writing" in capsys.readouterr().err and not list(path.parent.iterdir())
+    files.save_array(path, np.arange(3))
+    assert np.load(path).tolist() == [0, 1, 2] and list(path.parent.iterdir()) == [path]
 
 
 def test_a_wrong_checksum_a_missing_file_and_a_dead_server_are_named(tmp_path, server):

@@ -149,11 +149,15 @@ def test_options_do_not_override_a_variant(monkeypatch):
 
 def test_what_reproduce_refuses(tmp_path):
     (tmp_path / "text.csv").write_text("no,results\n1,2\n")
+    (tmp_path / "mine/cifar100-naive-tiny-swin-s0").mkdir(parents=True)
+    (tmp_path / "mine/cifar100-naive-tiny-swin-s0/result.json").write_text("{}")
     for changes, message in (
         ({"out_dir": str(tmp_path / "naive-80")}, "has the name of a variant"),
         ({"seeds": 0}, "has no finished run of cifar100"),
         ({"known": str(tmp_path / "text.csv")}, "text.csv is not a results.csv"),
         ({"methods": ("orka",)}, "unknown method 'orka'"),
+        ({"options": '--source "cifar10'}, "No closing quotation"),
+        ({"out_dir": str(tmp_path / "mine")}, "naive-tiny-swin-s0 was not started by this tool"),
     ):
         args = {"tasks": ("cifar100",), "methods": ("naive",), "seeds": 1, "out_dir": str(tmp_path / "out")} | changes
         with pytest.raises(cli.UserError, match=message):
@@ -184,10 +188,14 @@ def test_the_convnet_learns_and_repeats(tmp_path):
     seen = dataclasses.replace(loaded, test=loaded.train)
     first, again = (references.convnet(seen, 0) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (64, 9)
-    assert not torch.equal(first, references.convnet(seen, 0, ["--epochs", "1"]))
+    for other in (["--epochs", "1"], ["--clip", "0"]):
+        assert not torch.equal(first, references.convnet(seen, 0, other))
+    parts = references.convnet(seen, 0, ["--batch-size", "16", "--accumulate", "2", "--epochs", "1"])
+    assert torch.isfinite(parts).all()
     assert (first.argmax(1) != loaded.train.y).float().mean() < 0.1  # of its training samples; chance: 0.89
     for other in ("satellite", "darcy"):
         assert references.refer("convnet", SimpleNamespace(task=data.find_task(other), test=loaded.test), 0) is None
+    assert references.refer("mean", SimpleNamespace(task=data.find_task("cosmic"), test=loaded.test), 0) is None
 
 
 @pytest.mark.parametrize("space", [(32,), (32, 24)])

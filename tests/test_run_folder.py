@@ -12,7 +12,7 @@ import pytest
 import torch
 import tyro
 from helpers import METHODS, ROOT, here, result, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import run
@@ -122,6 +122,23 @@ def test_a_run_killed_in_its_first_epoch_may_start_over(finished, tmp_path):
     """best.safetensors is written before last.pt: without it, the epoch has not ended."""
     copy(finished, tmp_path, "probe", "metrics.jsonl", "result.json", "last.pt")
     assert start(finished, tmp_path, "probe") is True
+
+
+def test_a_best_epoch_that_the_checkpoint_does_not_know_is_repeated(finished, tmp_path, monkeypatch):
+    """Killed between best.safetensors and last.pt, where the repeated epoch may differ in rounding: it counts as the best."""
+    command, folder = copy(finished, tmp_path, "probe", "result.json")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    kept = load_file(folder / "best.safetensors")
+    epochs = len(state["history"])
+    save_file(kept, folder / "best.safetensors", {"epoch": str(epochs)})
+    torch.save(state | {"history": state["history"][:-1], "best": -1.0, "best_epoch": 1}, folder / "last.pt")
+    here(*command, "--resume", out=tmp_path)
+    assert result(folder)["best_epoch"] == epochs
+    save_file(kept, folder / "best.safetensors", {"epoch": "1"})
+    (folder / "result.json").unlink()
+    torch.save(state | {"history": state["history"][:-1], "best": -1.0, "best_epoch": 1}, folder / "last.pt")
+    here(*command, "--resume", out=tmp_path)
+    assert result(folder)["best_epoch"] == 1
 
 
 def test_a_checkpoint_that_lacks_a_part_is_refused(finished, tmp_path):

@@ -16,14 +16,13 @@ import itertools
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -48,6 +47,10 @@ from tasks import images
 matplotlib.use("Agg")
 
 
+Method = Literal["pare", "orca", "mona", "finetune"]
+Change = Literal["bf16", "fused attention", "compile", "data on the device", "stacked pass"]
+
+
 @dataclass(frozen=True)
 class Args:
     what: Annotated[Literal["step", "profile", "curve", "data", "topk", "distance", "meta"], tyro.conf.Positional]
@@ -56,9 +59,9 @@ class Args:
     """default: cuda if available"""
     scale: Literal["tiny", "full"] = "tiny"
     """step, profile: full is Swin-B at 224 x 224 with random weights; each row takes minutes on a CPU"""
-    methods: tuple[str, ...] = ("pare", "orca", "mona", "finetune")
+    methods: tuple[Method, ...] = get_args(Method)
     """step, profile: the methods to measure"""
-    changes: tuple[str, ...] = ("bf16", "fused attention", "compile", "data on the device", "stacked pass")
+    changes: tuple[Change, ...] = get_args(Change)
     """step: what is added to the official setup, one after the other; fewer for a quick look"""
     steps: int | None = None
     """step: timed steps per process; default 20, at full scale on a CPU 1. curve: training steps; default 200"""
@@ -102,7 +105,9 @@ def peak():
     """Peak memory so far in MB, of the GPU or else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 OPERATORS = {"N softmaxes (official)": n_softmaxes, "threshold (ours)": pare.top_k_mask, "plain top-k": plain_top_k}
@@ -366,7 +371,7 @@ def meta(args):
 # Training steps
 # ---------------------------------------------------------------------------------------------------------------------
 
-LADDER = ("bf16", "fused attention", "compile", "data on the device", "stacked pass")  # cumulative: each adds to those before
+LADDER = get_args(Change)  # cumulative: each adds to those before
 FIRST = "fp32, eager, DataLoader"
 METHODS = {"pare": pare, "orca": orca, "mona": mona, "finetune": finetune}
 PARTS = {"pare": "pare", "orca": "orca, stage 1", "mona": "mona, stage 1", "finetune": "finetune, stage 2 of orca and mona"}

@@ -252,9 +252,9 @@ LABELS = {"sizes": "training samples", "compute": "batches encoded, in optimizer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def finished(run):
-    """`read` of the folder of a run. Raises UserError if the run is not finished, or is that of a reference."""
-    for name in ("result.json", "args.json"):  # a reference has no args.json
+def finished(run, *more):
+    """`read` of the folder of a run. Raises UserError if the run is not finished, is that of a reference, or lacks a file."""
+    for name in ("result.json", "args.json", *more):  # a reference has no args.json
         if not (Path(run) / name).exists():
             raise cli.UserError(f"{run} holds no finished run ({name} is missing).\nGive the folder of a finished run.")
     return read(Path(run) / "result.json")
@@ -265,7 +265,7 @@ def curves(args):
 
     One colour for each method, or for each method, task, rate and number of samples or steps where these differ.
     """
-    groups, seeds, results = {}, set(), [finished(run) for run in args.inputs]
+    groups, seeds, results = {}, set(), [finished(run, "metrics.jsonl") for run in args.inputs]
     tasks, metrics = ({result[key] for result in results} for key in ("task", "metric"))
     several = [key for key in ("lr", "n_train", "steps", "epochs") if len({result[key] for result in results}) > 1]
     for run, result in zip(args.inputs, results, strict=True):
@@ -303,7 +303,7 @@ def budget(args):
     """Has training levelled off? Prints how much of the error the last fifth of each run took away."""
     tasks = {}
     for run in args.inputs:
-        result, batch_size = finished(run), json.loads((Path(run) / "args.json").read_text())["batch_size"]
+        result, batch_size = finished(run, "metrics.jsonl"), json.loads((Path(run) / "args.json").read_text())["batch_size"]
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         val = [row["val"] for row in rows if "stage" not in row]
         steps = np.arange(1, len(val) + 1) * result["steps"] / len(val)

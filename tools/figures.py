@@ -191,8 +191,15 @@ def fields(args):
 
 
 def weights(run):
-    """The weights after the last epoch: embedder.*, encoder.*, predictor.*; for PaRe also gate.* and predictor_s.*"""
+    """The weights after the last epoch: embedder.*, encoder.*, predictor.*; for PaRe also gate.* and predictor_s.*
+
+    Raises: UserError if last.pt is missing, or if it holds the updates of LoRA instead.
+    """
+    if not (Path(run) / "last.pt").exists():
+        raise cli.UserError(f"{run} has no last.pt, which holds its weights.\nGive a run that has kept it.")
     net = torch.load(Path(run) / "last.pt", map_location="cpu", weights_only=True)["net"]
+    if "A.0" in net:
+        raise cli.UserError(f"{run} is a LoRA run: its encoder is not changed, but added to.\nGive runs of other methods.")
     return {name.removeprefix("model."): value for name, value in net.items()}  # in PaRe the model is a part of the net
 
 

@@ -708,7 +708,7 @@ def main(args):
         free = []
         for number in range(args.jobs):
             free.append(Path(temporary) / str(number))
-            skipped = shutil.ignore_patterns(".git", "__pycache__", "runs", "datasets", ".*_cache")
+            skipped = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs*", "datasets", ".*_cache")
             shutil.copytree(ROOT, free[-1], ignore=skipped)
         while waiting or running:
             while waiting and free:

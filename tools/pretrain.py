@@ -188,6 +188,8 @@ def images(args):
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
               for matrix in (True, False)]  # fmt: skip
     steps = len(train) // args.batch_size
+    if not steps:
+        raise cli.UserError(f"{len(train)} images do not fill a batch of {args.batch_size}.\nLower --batch-size.")
     total = args.epochs * steps
     warmup = min(3 * steps, total // 2)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

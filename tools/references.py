@@ -19,6 +19,7 @@ from torch import nn
 import cli
 import data
 from run import make_optimizer, make_schedule, seed_everything
+from tasks import scores
 
 
 class Fourier(nn.Module):
@@ -90,11 +91,15 @@ def convnet(loaded, seed, options=()):
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, train.classes)
     net = nn.Sequential(*layers, *head)  # (B, C, H, W) -> (B, K)
     optimizer, steps = make_optimizer(net, args), train.batches_in_epoch(args)
-    schedule = make_schedule(optimizer, args, steps)
+    schedule = make_schedule(optimizer, args, -(-steps // args.accumulate))
     for epoch in range(args.epochs):
-        for x, y in train.batches(steps, args.batch_size, seed, epoch):
-            loaded.task.loss(net(x), y).backward()
-            nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        for step, (x, y) in enumerate(train.batches(steps, args.batch_size, seed, epoch)):
+            window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)
+            (loaded.task.loss(net(x), y) / window).backward()
+            if (step + 1) % args.accumulate and step + 1 < steps:
+                continue
+            if args.clip > 0:
+                nn.utils.clip_grad_norm_(net.parameters(), args.clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -143,4 +148,6 @@ def refer(name, loaded, seed, options=()):
     target, modality, predict = REFERENCES[name]
     if loaded.task.target != target or modality not in ("", loaded.task.modality) or loaded.test.lazy:
         return None
+    if loaded.task.loss is scores.mask_loss:
+        return None  # the methods predict logits of a mask
     return float(loaded.task.score(predict(loaded, seed, options).numpy(), loaded.test.y.numpy()))

@@ -8,6 +8,7 @@ them (variants.py), or a reference (references.py). Each run is a process, forke
 imports take most of the time of a short run.
 """
 
+import contextlib
 import csv
 import importlib
 import io
@@ -37,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import cli
 import data
 from run import write
-from tasks import published
+from tasks import files, published
 from tools import references
 from tools.references import REFERENCES
 from tools.variants import METHODS, PATCHES
@@ -178,10 +179,13 @@ def same_options(args):
     before = json.loads(note.read_text()) if note.exists() else {}
     chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
     for task in args.tasks:
+        if task not in before and (others := sorted(note.parent.glob(f"{task}-*-s*[0-9]/result.json"))):
+            raise cli.UserError(f"{others[0].parent} was not started by this tool.\nGive another --out-dir.")
         if before.setdefault(task, chosen) != chosen:
             raise cli.UserError(f"{args.out_dir} holds runs of {task} with {before[task]}.\nGive these another --out-dir.")
     note.parent.mkdir(parents=True, exist_ok=True)
-    write(note, json.dumps(before, indent=1).encode())
+    with files.replacing(note) as file:
+        file.write(json.dumps(before, indent=1).encode())
 
 
 def read(file):
@@ -236,7 +240,8 @@ def save(args):
         rows = collect(args.out_dir, args.known)
         writer.writerows(rows)
         if rows:
-            write(Path(args.out_dir) / "results.csv", text.getvalue().encode())
+            with files.replacing(Path(args.out_dir) / "results.csv") as file:
+                file.write(text.getvalue().encode())
     return rows
 
 
@@ -367,6 +372,10 @@ def main(args):
         raise cli.UserError(f"unknown method {unknown[0]!r}.\nAvailable: {', '.join((*METHODS, *REFERENCES))}.")
     if "-" in Path(args.out_dir).name and Path(args.out_dir).name in METHODS:
         raise cli.UserError(f"--out-dir {args.out_dir} has the name of a variant, whose runs these would be.\nGive another.")
+    try:
+        shlex.split(args.options)
+    except ValueError as error:
+        raise cli.UserError(f"--options {args.options!r}: {cli.reason(error)}.\nClose its quotes.") from error
     args = replace(args, scale=("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale)
     if args.seeds:
         same_options(args)
@@ -397,7 +406,8 @@ def main(args):
         out.mkdir(parents=True, exist_ok=True)
         (Path(args.out_dir) / "cache").mkdir(exist_ok=True)
         if not (out / "cache").exists():
-            (out / "cache").symlink_to(Path("..") / "cache")
+            with contextlib.suppress(OSError):  # Windows: links need a privilege; without, each variant prepares its own
+                (out / "cache").symlink_to(Path("..") / "cache")
     wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # seed 0 of all tasks and methods comes first
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
