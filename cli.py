@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-# options with bounds: those that must be positive, and the largest value of those that may also be 0
+# options with bounds: those that must be positive, and the largest value of those that may also be 0. They are checked by name
+# in every script, also in a method of your own
 POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "tau",
             "embedder_lr", "meta_lr", "inner_lr", "label_lr", "max_samples", "align_samples", "label_samples",
             "contrast_samples", "noise_steps", "rank", "alpha", "classes_per_problem", "source_samples", "gcn_steps",
@@ -49,7 +50,7 @@ class Args:
     out_dir: str = "runs"
     """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
     seed: int = 0
-    """of every random draw. Results of one seed are not reliable: report at least three"""
+    """random seed. Results of one seed are not reliable: report at least three"""
     init: Literal["copy", "random"] = "copy"
     """initial target embedder: copied from the pretrained one, or random. Matters more than most methods: vary it first"""
     as_released: bool = False
@@ -74,15 +75,15 @@ class Args:
     accumulate: int | None = None
     """gradient accumulation: forward passes averaged into one optimizer step"""
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
-    """Adam and AdamW use betas (0.9, 0.98)"""
+    """optimizer; Adam and AdamW use betas (0.9, 0.98)"""
     momentum: float | None = None
-    """of SGD"""
+    """momentum of SGD"""
     dropout: float | None = None
     """probability in every dropout layer of the encoder; 0 in most published settings"""
     lr: float | None = None
     """peak learning rate. Halve it if the loss jumps, double it if the loss hardly falls; tune every method alike"""
     weight_decay: float | None = None
-    """on all parameters"""
+    """weight decay, on all parameters"""
     clip: float | None = None
     """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
     warmup_epochs: float | None = None

@@ -104,7 +104,7 @@ class Embedder1d(nn.Module):
 
 
 def initialise(embedder, source, init):
-    """Start the target embedder: the one option that means the same in every method.
+    """Initialise the target embedder; the same function in every method.
 
     "copy", 2D: projection, bias and LayerNorm (of a ViT: positions) of the pretrained embedder; for C != 3 channels its 3
     input slices are tiled and cut to C, not rescaled (the official codes' way). 1D: LayerNorm and the first N positions of

@@ -34,9 +34,7 @@ from tasks.tables import read_openml
 
 # Re-exported for user-defined tasks, which then need one import (README, "Your own data")
 __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "command_line", "find_task", "guarded",
-           "kept", "load", "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav",
-           "toy_signals"]  # fmt: skip
-toy_signals = toys.signals
+           "kept", "load", "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of tasks
@@ -52,8 +50,8 @@ class Task:
     shape: tuple[int, ...]  # of a sample: (C, H, W) or (C, L)
     target: Literal["class", "labels", "field"]  # y: a class (n,), labels 0 or 1 (n, K), or real numbers (n, *output)
     output: tuple[int, ...]  # of a prediction: (K,), (H, W) or (C, L)
-    read: Callable  # (data_dir, cache) -> (x, y) train, (x, y) test, kind of data, and what of the task the files change
-    toy: Callable | None  # (n, seed) -> x, y; None: there is no need, the task can be simulated
+    read: Callable  # (data_dir, cache) -> (x, y) train, (x, y) test, origin of the data; perhaps a dict of fields to replace
+    toy: Callable | None  # (n, seed) -> x, y; None: nothing takes the place of missing files, or the task can be simulated
     downloads: tuple[tuple[str, ...], ...]  # keys of DOWNLOADS: all of these, of each the first that is available
     recipes: dict[str, Recipe] = dataclasses.field(repr=False)  # method -> published settings, full scale
     loss: Callable = scores.cross_entropy  # (out, y) of a batch -> scalar
@@ -67,14 +65,13 @@ class Task:
     tokens: int = 512  # 1D: the most tokens that a sequence is cut into
     simulate: Callable | None = None  # (cache, scale, n_train, as_released, device) -> as read; where the files are missing
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
-    direction: str = "min"
     kind: str = ""  # of the tiny recipes; default: by modality and target
     # what the classes are called, in the order of their numbers: names, or (data_dir) -> names; or why there are none
     names: tuple[str, ...] | Callable | str = ""
     toy_names: tuple[str, ...] = ()  # what the classes of `toy` are
     sample: str = "an example"  # what a sample is: "a photo" of a class
     statistics: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # of the training set: name -> array
-    of_statistics: Callable | None = None  # statistics -> what of the task they change; `read` returns that, too
+    of_statistics: Callable | None = None  # statistics -> fields that depend on them; `read` returns them, too
     prepare: Callable | None = None  # (where, x of new samples, checked here) -> x as `read` returns it, by the statistics
     restore: Callable | None = None  # predicted fields -> as the files have them; of a mask: its probabilities
     normalised: bool = False  # y are normalised, as predictions are: `restore` is for both
@@ -424,7 +421,7 @@ class Split:
                 yield self._prepare(x, u[step].to(self.device)), y
 
 
-def gate(where, x, y, like, classes, rows=None):
+def validate(where, x, y, like, classes, rows=None):
     """The samples `rows` (None: all) as a Split takes them. Files, tables, arrays of one's own and sources all pass here.
 
     There are as many inputs as targets, and at least one. Shapes are those that `like`, a Task or Proxy, declares. Inputs are
@@ -449,7 +446,7 @@ def gate(where, x, y, like, classes, rows=None):
 
 @dataclass
 class Loaded:
-    task: Task  # with what only the files tell: a table's shape and classes, darcy's units
+    task: Task  # with the fields known after reading: a table's shape and classes, darcy's units
     train: Split
     val: Split
     test: Split
@@ -501,8 +498,8 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
         n_val, n_train = min(n_val, int(held.sum())), min(n_train, int((~held).sum()))
         order = np.concatenate([order[held][:n_val], order[~held]])
     rows = {"train": np.sort(order[n_val : n_val + n_train]), "val": np.sort(order[:n_val])}
-    passed = {name: gate(f"{task.name}, training set", *train, task, classes, part) for name, part in rows.items()}
-    passed["test"] = gate(f"{task.name}, test set", *test, task, classes)
+    passed = {name: validate(f"{task.name}, training set", *train, task, classes, part) for name, part in rows.items()}
+    passed["test"] = validate(f"{task.name}, test set", *test, task, classes)
     if n_train < 1:
         raise UserError(f"{task.name}: {len(order)} training samples; expected two or more: some are held out for validation.")
     loaded = Loaded(task, **{name: Split(*part, classes, kind, task, device) for name, part in passed.items()})
@@ -576,7 +573,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
     if proxy.modality == "1d":
         x = text.token_ids(x, tokenizer)  # (n, words)
     what = f"{classes} classes" if classes else f"fields {size(proxy.output)}"
-    x, y = gate(f"source {name}", x, y, proxy, classes)
+    x, y = validate(f"source {name}", x, y, proxy, classes)
     print(f"source  {name}: {kind} data, {len(y):,} samples, {what}")
     return Split(x, y, classes, kind, proxy, device)
 

@@ -49,19 +49,24 @@ class Args(cli.Args):
     """lora: updates are scaled by alpha / r"""
 
 
+BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", ".attention.self.", ".dense.")  # attention and feed-forward: Swin and ViT, BERT
+
+
 def trains(mode, name, warming=False):
-    """Does the parameter `name` train? They are called embedder.*, encoder.* and predictor.*"""
-    if mode == "frozen":  # FPT freezes attention and feed-forward only: LayerNorms, position biases, class token... train
-        images, text = (".attn.qkv.", ".attn.proj.", ".mlp."), (".attention.self.", ".dense.")
-        return not any(part in name for part in images + text)
-    if mode in ("lora", "norms") and name.startswith("encoder."):  # lora: A and B are no parameters of the model
-        return mode == "norms" and "norm" in name.lower()
-    if mode == "warmup" and warming:  # the embedder alone; the random predictor waits too, as the text says "all else frozen"
-        return name.startswith("embedder.")
-    return mode != "probe" or name.startswith("predictor.")
+    """Whether the parameter `name` trains; they are called embedder.*, encoder.* and predictor.*"""
+    part = name.split(".")[0]
+    if mode == "frozen":  # FPT: LayerNorms, position biases, the class token ... train
+        return not any(layer in name for layer in BODY)
+    if mode == "warmup":  # the embedder alone at first; the random predictor waits too, as the text says "all else frozen"
+        return part == "embedder" or not warming
+    if mode == "lora":  # A and B are parameters of LoRA, not of the model
+        return part != "encoder"
+    if mode == "norms":
+        return part != "encoder" or "norm" in name.lower()
+    return part == "predictor" if mode == "probe" else True
 
 
-def choose(model, mode, warming=False):
+def set_trainable(model, mode, warming=False):
     """Switch gradients on or off by parameter, so that what is frozen costs no gradient either."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(mode, name, warming))
@@ -77,7 +82,7 @@ class LoRA(nn.Module):
     def __init__(self, model, rank, alpha):
         super().__init__()
         self.model, self.scale = model, alpha / rank
-        body = {name: p for name, p in model.named_parameters() if not trains("frozen", name) and p.ndim == 2}
+        body = {name: p for name, p in model.named_parameters() if any(layer in name for layer in BODY) and p.ndim == 2}
         self.names = list(body)  # the linear maps of attention and feed-forward
         self.A = nn.ParameterList(torch.empty(rank, p.shape[1]).uniform_(-1, 1) / p.shape[1] ** 0.5 for p in body.values())
         self.B = nn.ParameterList(torch.zeros(p.shape[0], rank) for p in body.values())
@@ -98,7 +103,7 @@ class LoRA(nn.Module):
 
 def main(args):
     # ---- set up: processes, device, seed, data, run folder
-    run = Run(args, "finetune")  # finetune
+    run = Run(args, args.mode)  # finetune
     args, device = run.args, run.device
     with run.first_process_first():
         source = common.load_source(args.backbone, pretrained=args.mode != "scratch")  # finetune
@@ -119,7 +124,7 @@ def main(args):
 
     # ---- finetune: what trains
     net = model
-    choose(model, args.mode)
+    set_trainable(model, args.mode)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise cli.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
     warms = args.mode == "warmup" and args.warmup_share > 0
@@ -136,14 +141,14 @@ def main(args):
     net = run.distribute(net)
     steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
-    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    scheduler = make_schedule(optimizer, args, steps)
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
     for epoch in range(run.resume(net, optimizer, scheduler), args.epochs):
         seed_everything("epoch", args.seed, epoch, run.rank)
         net.train()
-        choose(model, args.mode, epoch < warming_epochs)  # finetune
+        set_trainable(model, args.mode, epoch < warming_epochs)  # finetune
         start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         batches = train.batches(steps, args.batch_size, args.seed, epoch, run.rank, run.world)
         for step, (x, y) in enumerate(bar := run.progress(batches, steps, f"epoch {epoch + 1}/{args.epochs}")):

@@ -21,7 +21,7 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tu
 0.784 ± 0.003 (0.783 ± 0.005), on satellite 0.404 ± 0.019 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.271.
 
-No code has been published. Signs in line 4 are Wang and Isola's (the slides print both terms negated, which would reward
+No code has been published. Signs in line 4 are Wang and Isola's (MoNA's slides print both terms negated, which would reward
 collapse); alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the texts: docs/paper-vs-code.md, M1 to
 M6, and docs/mona.md for how the defaults were found.
 """
@@ -51,16 +51,16 @@ class Args(cli.Args):
     meta_epochs: int | None = None
     """epochs of stage 1, each of as many micro-batches as in stage 2, a step for each. 0: naive fine-tuning"""
     meta_lr: float | None = None
-    """beta, the learning rate of stage 1. Default: that of stage 2, for a single batch"""
+    """beta, the learning rate of stage 1. Default: --lr, without its factor for gradient accumulation"""
     inner_lr: float = 0.1
     """alpha, of the virtual step; found for tiny-swin. lambda alpha weighs the outer gradient, see `ratio`. The log's `step` is
     |theta* - theta_0| / |theta_0|: 0.0025 there; with another backbone choose alpha so that it is of that order"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
     """weight of the source's loss. 0: warm-up of embedder and predictor; with --predictor frozen, of the embedder alone"""
     gradient: Literal["finite-difference", "exact"] = "finite-difference"
-    """of L_outer. exact: double backward, with more memory"""
+    """how the gradient of L_outer is computed. exact: double backward, which needs more memory"""
     predictor: Literal["trained", "frozen"] = "trained"
-    """in stage 1; the texts do not say"""
+    """whether the predictor trains in stage 1; the texts do not say"""
 
 
 def pair_distances(f):
@@ -119,14 +119,14 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (5,):
         L_inner, alignment, uniformity, |outer part| / |inner part| of the embedder's gradient, |theta* - theta_0| / |theta_0|.
     """
-    way = {"finite-difference": finite_difference, "exact": exact}[gradient]
+    gradients = {"finite-difference": finite_difference, "exact": exact}[gradient]
     y_t, y_s = gather(y_t), gather(y_s)  # losses are of the batches of all processes
 
     def inner_loss(theta, tokens):  # L(h(f(e(x_t); theta)), y_t)
         return loss(gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
 
     with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
-        inner_e, inner_h, outer_e, losses, step = way(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
+        inner_e, inner_h, outer_e, losses, step = gradients(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
     inner_e, inner_h, outer_e = average(inner_e), average(inner_h), average(outer_e)
     log = torch.stack([*losses, norm(outer_e) / norm(inner_e), step]).detach()
     return [a + b for a, b in zip(inner_e, outer_e, strict=True)], inner_h, log
@@ -185,11 +185,11 @@ def meta_train(model, source, train, source_set, task, args, progress):
     both batches.
     """
     model.eval()
-    trained = nn.ModuleList([model.embedder] + [model.predictor] * (args.predictor == "trained"))
+    trained = nn.ModuleList([model.embedder, model.predictor] if args.predictor == "trained" else [model.embedder])
     lr, weight_decay = data.of_one_batch(args, "mona")
     optimizer = make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = train.batches_in_epoch(args)
-    size_s = args.batch_size * -(-32 // args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
+    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = time.perf_counter(), torch.zeros(steps, 5, device=train.device)
@@ -254,7 +254,7 @@ def main(args):
     if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
         model.to(device)
         source.embedder.to(device)
-        source_set.y = data.class_labels(source_set, seed=args.seed)  # masks become clusters
+        source_set.y = data.class_labels(source_set, seed=args.seed)  # voc has masks, no classes: clusters take their place
         rows = meta_train(model, source, train, source_set, task, args, run.progress)
         run.keep_stage1(rows, embedder=embedder, predictor=model.predictor)
 
@@ -264,7 +264,7 @@ def main(args):
     net = run.distribute(net)
     steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
-    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    scheduler = make_schedule(optimizer, args, steps)
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train

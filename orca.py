@@ -46,11 +46,11 @@ class Args(cli.Args):
     embedder_epochs: int | None = None
     """steps of stage 1; each visits every class. 0: naive fine-tuning. Default: 60 (ninapro 100, OpenML 20); tiny scale 20"""
     embedder_lr: float | None = None
-    """of stage 1, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times the lr of one batch, or lr if
-    that is above 1e-3"""
+    """of stage 1, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr if that is above
+    1e-3; --lr without its factor for gradient accumulation"""
     objective: Literal["otdd", "otdd-gaussian", "mmd", "l2"] = "otdd"
-    """what brings target and source together. otdd-gaussian takes classes for normal distributions; mmd, l2: of
-    each target class to the source, whose labels are not used"""
+    """what brings target and source together. otdd-gaussian: classes as normal distributions. mmd, l2:
+    distance of each target class to the whole source, without its labels"""
     reg: float | None = None
     """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official), for GPUs; 0 (tiny): exact
     linear programmes, faster on CPUs"""
@@ -174,7 +174,7 @@ def main(args):
     net = run.distribute(net)
     steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
-    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    scheduler = make_schedule(optimizer, args, steps)
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train

@@ -2,9 +2,9 @@
 
 Cai et al., "Enhancing Cross-Modal Fine-Tuning with Gradually Intermediate Modality Generation", ICML 2024.
 
-A pretrained encoder is given images it has never seen. PaRe trains it, next to them, on an intermediate modality: target
-samples in which the patches that matter least are replaced by the source patches that matter most. It begins close to the
-source, on which the encoder was pretrained, and ends at the target.
+Target samples look unlike anything that the encoder was pretrained on. PaRe trains it, next to them, on an intermediate
+modality: target samples in which the patches that matter least are replaced by the source patches that matter most. It begins
+close to the source, on which the encoder was pretrained, and ends at the target.
 
     in epoch ep of EP:   k = k0 (1 - ep / EP),   lambda = k / k0
     1  X_t = embedder(x_t)                       N target tokens of width D
@@ -80,8 +80,9 @@ def top_k_mask(scores, k, temperature=0.9):
         p_i = sigmoid(s_i / tau - t),   t such that sum_i p_i = k
         dp_i / ds_j = w_i (delta_ij - w_j / sum_l w_l) / tau,   w = p (1 - p)
 
-    The threshold t is found by 30 bisections, whatever N and k. One Newton step on it, with the slope held constant, then
-    carries its implicit derivative. (The official code iterates N softmaxes: tools/bench.py topk.)
+    The threshold t is found by 30 bisections, whatever N and k. They have no gradient. A last Newton step changes t by
+    rounding only and gives it the gradient of the implicit function theorem. (The official code iterates N softmaxes:
+    tools/bench.py topk.)
     """
     B, N = scores.shape
     hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)
@@ -211,7 +212,7 @@ def main(args):
     k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
     if k_end > k0:
         raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
-    phase2 = released_phase2_begins(args, task.modality) if args.as_released else args.epochs  # rows P4, P5
+    phase2 = released_phase2_begins(args, task.modality) if args.as_released else args.epochs  # P4, P5
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 
     # ---- optimizer and schedule
@@ -220,7 +221,7 @@ def main(args):
     net = run.distribute(net)
     steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
-    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    scheduler = make_schedule(optimizer, args, steps)
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train
@@ -262,7 +263,7 @@ def main(args):
 
     # ---- test: the last epoch, and the epoch that was best on validation
     ks = {epoch + 1: schedule(epoch, args.epochs, k0, k_end) for epoch in (0, args.epochs // 2, args.epochs - 1)}  # PaRe
-    if not args.as_released:  # PaRe: which chooses by noisy scores, later the highest
+    if not args.as_released:  # PaRe: the picture shows the choice of the text
         run.draw_patches(loaded.test, lambda x: gate(model.embedder(x)), ks)  # PaRe
     return run.finish(model, loaded, args.source)  # PaRe
 

@@ -1,6 +1,6 @@
 """Apply a finished run to new samples: the model of its best epoch, and the preparation of its task.
 
-    python predict.py runs/satellite-naive-tiny-roberta-s0 x.npy -o answers.npy
+    python predict.py runs/satellite-naive-tiny-roberta-s0 x.npy -o predictions.npy
 
 x.npy holds new samples (n, ...) in the shape that `python data.py` lists and with the values of the official files, before
 anything is normalised. PDEs solved at the tiny scale have fewer points; an error names the shape that a run takes.
@@ -13,8 +13,8 @@ anything is normalised. PDEs solved at the tiny scale have fewer points; an erro
     openml<ID>              (n, F), the table without its label and the columns that the run left out; categories as numbers
                             from 0 in the order of the file, beside which NaN stands for a missing value
 
-answers.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask (n, H, W);
-other fields in the units of the files. The run's folder is all that is needed: no data, no backbone.
+predictions.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask
+(n, H, W); other fields in the units of the files. The run's folder is all that is needed: no data, no backbone.
 """
 
 import io
@@ -38,7 +38,7 @@ class Args:
     inputs: Annotated[str, tyro.conf.Positional]
     """an .npy file with the samples"""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """the .npy file that gets the answers"""
+    """the .npy file that gets the predictions"""
     batch_size: int = 32
     """samples at a time"""
 
@@ -56,12 +56,12 @@ def prepare(task, x, where):
 
 @torch.no_grad()
 def predict(model, task, x, where="x", batch_size=32):
-    """The answers of a model to new samples x (n, ...), see above: (n, *task.output) float32.
+    """The predictions of a model for new samples x (n, ...), see above: (n, *task.output) float32.
 
     Args:
         model, task: of `run.load`.
         where: what the message of an error begins with.
-    Raises: UserError for samples of another shape or type, values or answers that are not finite.
+    Raises: UserError for samples of another shape or type, values or predictions that are not finite.
     """
     x, out = prepare(task, x, where), []
     device, precision = choose_device()
@@ -84,12 +84,12 @@ def main(args):
     if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.inputs).resolve():
         raise cli.UserError(f"-o {args.out} would take the place of something else.\nGive the name of a new file.")
     model, task = load(args.run)
-    answers = predict(model, task, data.read_npy(Path(args.inputs)), args.inputs, args.batch_size)
+    predictions = predict(model, task, data.read_npy(Path(args.inputs)), args.inputs, args.batch_size)
     content = io.BytesIO()
-    np.save(content, answers)
+    np.save(content, predictions)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(args.out), content.getvalue())
-    print(f"{args.out}: {data.size(answers.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
+    print(f"{args.out}: {data.size(predictions.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Args(cli.Args):
     distortion: Literal["mutual", "entropy"] = "mutual"
     """mutual: maximise I(Z; Z'). entropy: minimise H(Z | Z'), as released; its minimum is collapse"""
     embedder_lr: float | None = None
-    """of feature alignment, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times the lr of one batch, or
-    lr if that is above 1e-3"""
+    """of feature alignment, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr if that
+    is above 1e-3; --lr without its factor for gradient accumulation"""
     label_lr: float = 1e-4
     """of feature-label distortion"""
     reg: float | None = None
@@ -256,7 +256,7 @@ def main(args):
     net = run.distribute(net)
     steps = train.batches_in_epoch(args)
     optimizer = make_optimizer(net, args)
-    scheduler = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    scheduler = make_schedule(optimizer, args, steps)
     print(f"train   {args.epochs} epochs of {steps} x {args.batch_size} samples, {args.optimizer} at {args.lr:g}")
 
     # ---- train

@@ -45,13 +45,14 @@ def make_optimizer(module, args):
 
 
 def make_schedule(optimizer, args, steps):
-    """Linear warm-up, then linear to 0 at decay_epochs; advanced once per optimizer step, `steps` of them in an epoch.
+    """Linear warm-up, then linear to 0 at decay_epochs, advanced once per optimizer step; `steps` micro-batches in an epoch.
 
-        factor(t) = min(1, (t + 1) / W, (T - t) / (T - W)),   W = warmup_epochs steps,  T = decay_epochs steps
+        factor(t) = min(1, (t + 1) / W, (T - t) / (T - W)),   W = warmup_epochs n,  T = decay_epochs n
 
     The official WarmupLR counts micro-batches and spends its first one at rate 0.
     """
-    W, T = args.warmup_epochs * steps, args.decay_epochs * steps
+    n = math.ceil(steps / args.accumulate)  # optimizer steps in an epoch
+    W, T = args.warmup_epochs * n, args.decay_epochs * n
     factor = lambda t: max(0.0, min(1.0, (t + 1) / max(W, 1), (T - t) / max(T - W, 1)))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -247,9 +248,9 @@ class Run:
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # only process 0 prints
         scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
-        modality = data.find_task(args.task).modality
-        args = replace(args, scale=scale, backbone=args.backbone or common.DEFAULT_BACKBONE[modality, scale])
-        self.args, self.method = data.complete(args, method, scale), getattr(args, "mode", method)
+        default = common.DEFAULT_BACKBONE[data.find_task(args.task).modality, scale]
+        args = replace(args, scale=scale, backbone=args.backbone or default)
+        self.args, self.method = data.complete(args, method, scale), method
         if self.args.batch_size % self.world:
             raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes.")
         self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
@@ -429,9 +430,8 @@ class Run:
                 if json.loads((best.metadata() or {}).get("epoch", "0")) > len(self.history):
                     self.best = math.inf  # killed between the two files: that epoch is repeated, and was the best
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-            raise UserError(
-                f"{self.last} is no checkpoint of this run ({reason(error)}).\nRemove the folder to start over."
-            ) from error
+            advice = "Remove the folder to start over."
+            raise UserError(f"{self.last} is no checkpoint of this run ({reason(error)}).\n{advice}") from error
         if self.rank == 0:
             self.write_history()  # a run killed right after its checkpoint lacks a line
         print(f"resumed after epoch {len(self.history)}")
@@ -480,9 +480,6 @@ class Run:
         weights = {name: value.contiguous() for name, value in weights.items()}
         write(self.best_file, to_safetensors(weights, {name: json.dumps(value) for name, value in about.items()} or None))
 
-    def read_best(self):
-        return from_safetensors(self.best_file.read_bytes())  # not mapped: Windows replaces no file that is
-
     def write_history(self):
         rows = [{"stage": 1, **row} for row in self.stage1] + self.history
         write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -499,7 +496,7 @@ class Run:
         if self.best_epoch < len(self.history):
             if self.world > 1:
                 torch.distributed.barrier()  # the best checkpoint is on disk
-            model.load_state_dict(self.read_best())
+            model.load_state_dict(from_safetensors(self.best_file.read_bytes()))
             test = self.evaluate(model, loaded.test, task)
         if not (math.isfinite(test) and math.isfinite(test_last)):
             raise UserError(
@@ -507,14 +504,13 @@ class Run:
                 "Check the test samples, or start again in another --out-dir with a lower --lr or --clip 1."
             )
         batches = loaded.train.batches_in_epoch(args)
-        steps = len(self.history) * -(-batches // args.accumulate)  # the last window of an epoch may be short
-        root = Path(__file__).parent
+        steps = len(self.history) * math.ceil(batches / args.accumulate)  # the last window of an epoch may be short
         git = shutil.which("git")
-        head = [git, "-C", root, "rev-parse", "--short", "HEAD"]
+        head = [git, "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
         commit = git and subprocess.run(head, capture_output=True, text=True).stdout.strip()
         result = {
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
-            "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": task.direction,
+            "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": "min",
             "test": test, "test_last": test_last,
             "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "steps": steps,
             "n_train": len(loaded.train),
@@ -531,7 +527,7 @@ class Run:
                 shown = replace(task, names=task.toy_names if loaded.train.kind == "toy" else task.names)
                 write(self.folder / "predictions.png", plots.predictions(title, shown, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
-            self.write_best(self.read_best(), **about)
+            self.write_best(from_safetensors(self.best_file.read_bytes()), **about)  # not mapped: Windows replaces no such file
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
             if self.tracker:
                 self.tracker.end(result)

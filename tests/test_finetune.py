@@ -72,7 +72,7 @@ def test_lora_starts_at_the_pretrained_model_and_adds_updates_of_rank_r(name):
     source, shape = common.load_source(name), (3, 32, 32) if name == "tiny-swin" else (3, 64)
     embedder = common.make_embedder(shape, source, "copy")
     model = common.Model(embedder, source.encoder, common.make_predictor((4,), "class", source, embedder)).eval()
-    finetune.choose(model, "lora")
+    finetune.set_trainable(model, "lora")
     net, x = finetune.LoRA(model, 3, 6.0).eval(), torch.randn(5, *shape)
     assert torch.equal(net(x), model(x))
     encoder = {n for n, _ in source.encoder.named_parameters() if not {"A", "B"} & set(n.split("."))}

@@ -471,5 +471,5 @@ def test_code_that_is_missing_and_memory_are_not_blamed_on_the_file():
 @pytest.mark.parametrize("name, toy", [("cosmic", toys.hits), ("fsd50k", toys.sounds), ("deepsea", toys.dna)])
 def test_toys_have_the_stored_shapes_of_their_files(name, toy):
     x, y = toy(4, 0)
-    x, y = data.gate("toy", x, y, data.TASKS[name], None if name == "cosmic" else y.shape[1])
+    x, y = data.validate("toy", x, y, data.TASKS[name], None if name == "cosmic" else y.shape[1])
     assert len(x) == len(y) == 4 and np.nanmax(y) == 1

@@ -41,7 +41,7 @@ def test_a_finished_run_answers_as_in_readme(tmp_path, monkeypatch):
     predict.main(tyro.cli(predict.Args, args=apply[1:]))
     names = {}
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
-    assert names["answers"].shape == (9, 6) and np.array_equal(names["answers"], np.load("answers.npy"))
+    assert names["y"].shape == (9, 6) and np.array_equal(names["y"], np.load("predictions.npy"))
 
 
 def test_the_embedder_loses_sizes_as_the_docs_say(capsys):
@@ -117,8 +117,8 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         d = 100 * np.subtract(*reproduce.pairs(rows, task, method, base))
         return f"{abs(d.mean()):.1f} ± {d.std(ddof=1):.1f}"
 
-    assert f"satellite, by {points('satellite', 'orca')} points" in readme
-    assert f"on cifar100, by {points('cifar100', 'contrast')} points. At rate 3e-3" in readme
+    assert f"On satellite, ORCA is {points('satellite', 'orca')} points better" in readme
+    assert f"on cifar100, by {points('cifar100', 'contrast')} points." in readme
     assert f"permuted labels the error is {points('satellite', 'orca-shuffled', 'orca')} points lower" in why
     assert f"they are worth {points('satellite', 'orca-bias')} points" in why
     assert f"beyond the bias is {points('satellite', 'orca-bias', 'naive-bias')} points" in why

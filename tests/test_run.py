@@ -41,12 +41,12 @@ def test_steps_are_those_of_the_optimizer(tmp_path, monkeypatch):
 
 
 class Recipe:
-    optimizer, lr, weight_decay, warmup_epochs, decay_epochs = "adamw", 1.0, 0.0, 2, 10
+    optimizer, lr, weight_decay, warmup_epochs, decay_epochs, accumulate = "adamw", 1.0, 0.0, 2, 10, 3
 
 
 def test_schedule_is_linear_up_then_linear_down_in_optimizer_steps():
     optimizer = make_optimizer(torch.nn.Linear(2, 2), Recipe)
-    schedule = make_schedule(optimizer, Recipe, steps=5)  # W = 10, T = 50
+    schedule = make_schedule(optimizer, Recipe, steps=13)  # 5 optimizer steps in an epoch: W = 10, T = 50
     rates = []
     for _ in range(60):
         rates.append(schedule.get_last_lr()[0])
@@ -58,7 +58,7 @@ def test_schedule_is_linear_up_then_linear_down_in_optimizer_steps():
 
 @pytest.mark.parametrize("warmup", [0.0, 1.25, 2.5, 51.67 / 20])
 def test_the_rate_never_exceeds_its_peak(warmup):
-    args = SimpleNamespace(warmup_epochs=warmup, decay_epochs=10)
+    args = SimpleNamespace(warmup_epochs=warmup, decay_epochs=10, accumulate=1)
     schedule = make_schedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), args, steps=1)
     factors = [schedule.lr_lambdas[0](t) for t in range(12)]
     assert max(factors) <= 1 and max(factors) > 0.8 and factors[10:] == [0, 0]

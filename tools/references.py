@@ -91,7 +91,7 @@ def convnet(loaded, seed, options=()):
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, train.classes)
     net = nn.Sequential(*layers, *head)  # (B, C, H, W) -> (B, K)
     optimizer, steps = make_optimizer(net, args), train.batches_in_epoch(args)
-    schedule = make_schedule(optimizer, args, -(-steps // args.accumulate))
+    schedule = make_schedule(optimizer, args, steps)
     for epoch in range(args.epochs):
         for step, (x, y) in enumerate(train.batches(steps, args.batch_size, seed, epoch)):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)
