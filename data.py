@@ -311,9 +311,9 @@ def of_one_batch(args, method):
 class Split:
     """One split: x (n, ...) and y (n, ...), whole on the device, or Lazy; prepared there, in batches.
 
-    x and y have passed `gate`. Images (uint8) are scaled to [0, 1], token ids (int64) are left as they are, everything else is
-    fp32. `like` is its Task or Proxy: name, target, output, loss, mean, std and augmentation. `classes`: the number of classes
-    or labels, None for fields.
+    x and y have passed `validate`. Images (uint8) are scaled to [0, 1], token ids (int64) are left as they are, everything else
+    is fp32. `like` is its Task or Proxy: name, target, output, loss, mean, std and augmentation. `classes`: how many classes or
+    labels there are, None for fields.
     """
 
     def __init__(self, x, y, classes, kind, like, device):

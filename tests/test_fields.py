@@ -55,6 +55,9 @@ def test_psicov_pairs_features_of_rows_and_columns(tmp_path):
     raw = write_psicov(tmp_path)
     loaded = full("psicov", tmp_path)
     assert (len(loaded.train) + len(loaded.val), len(loaded.test), loaded.test.chunk) == (3, 3, 1)
+    seen = [split.targets(torch.arange(len(split))).numpy() for split in (loaded.train, loaded.val)]
+    there = [np.clip(raw[f"deepcov{m}"][1][7, 31], 1, 16) for m in (40, 520, 60)]  # not those of psicov, the test set
+    assert sorted(np.concatenate(seen)[:, 12, 36]) == pytest.approx(sorted(there))
     x, y = loaded.test.inputs(torch.tensor([0]))[0].numpy(), loaded.test.targets(torch.tensor([0]))[0].numpy()
     f, d = raw["psicov40"]
     assert x.shape == (57, 512, 512) and y.shape == (512, 512)

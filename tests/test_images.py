@@ -27,14 +27,29 @@ def test_cifar10_reads_the_batches_that_are_there(tmp_path):
     assert len(data.load_proxy("cifar10", tmp_path, "full", n=7)) == 7
 
 
+def test_a_part_of_a_source_is_drawn_with_its_labels(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    content = {b"data": np.arange(50, dtype=np.uint8)[:, None].repeat(3072, 1), b"labels": [i % 10 for i in range(50)]}
+    (folder / "data_batch_1").write_bytes(pickle.dumps(content))
+    parts = []
+    for seed in (1, 2):
+        x, y = images.read_cifar10(tmp_path, n=7, seed=seed)
+        parts.append(set(x[:, 0, 0, 0].tolist()))
+        assert (x[:, 0, 0, 0] % 10 == y).all() and len(parts[-1]) == 7
+    assert parts[0] != parts[1] and set(range(7)) not in parts
+
+
 def test_official_spherical_file_comes_first(tmp_path):
     write_cifar100(tmp_path)
     raw = RNG.integers(0, 256, (12, 3, 60, 60), dtype=np.uint8)
-    content = {split: {"images": raw, "labels": np.arange(12)} for split in ("train", "test")}
+    raw_test = RNG.integers(0, 256, (5, 3, 60, 60), dtype=np.uint8)
+    content = {"train": {"images": raw, "labels": np.arange(12)}, "test": {"images": raw_test, "labels": np.arange(5) + 7}}
     with gzip.open(tmp_path / "s2_cifar100.gz", "wb") as file:
         pickle.dump(content, file)
     train, test, kind = images.read_spherical(tmp_path, tmp_path / "cache")
-    assert kind == "official" and np.array_equal(train[0], raw) and test[1].tolist() == list(range(12))
+    assert kind == "official" and np.array_equal(train[0], raw) and train[1].tolist() == list(range(12))
+    assert np.array_equal(test[0], raw_test) and test[1].tolist() == list(range(7, 12))
     loaded = data.load("spherical", tmp_path, tmp_path / "cache", "full")
     assert loaded.train.inputs(torch.arange(2)).max() <= 1  # divided by 255 and nothing else
 

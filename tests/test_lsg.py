@@ -117,7 +117,7 @@ def test_the_gcn_learns_orthogonal_classes_and_its_released_loss_has_a_floor():
     A = lsg.label_graph(t, 0)
     _, found = trained(t, A)
     assert len(found) == 10 and (found[-1]["epoch"], found[-1]["GCN error"]) == (200, 0)
-    assert found[-1]["GCN loss"] < 1.2 and found[-1]["seconds"] < 2
+    assert found[-1]["GCN loss"] < 1.2
     _, released = trained(t, A, args=SimpleNamespace(as_released=True, gcn_steps=600))
     floor = math.log(1 + (K - 1) * math.exp(-((K / (K - 1)) ** 0.5)))  # L2: 0.98; of 100 classes 3.617
     assert floor - 1e-4 < released[-1]["GCN loss"] < floor + 0.2

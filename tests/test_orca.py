@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from helpers import SHORT, result, rows, weights
+from helpers import SHORT, here, result, rows, weights
 from safetensors.torch import load_file
 
 import common
+import contrast
 import data
+import mona
 import orca
+import recraft
 from run import embed_all
 
 
@@ -64,3 +67,36 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
     (folder / "stage1.safetensors").write_bytes(stage1[:1000])
     (folder / "result.json").unlink()
     assert "stage1.safetensors is empty or cut short" in script("orca.py", *options, "--resume", out=tmp_path, code=2)
+
+
+class Seen(Exception):
+    """What a spy was called with."""
+
+
+@pytest.mark.parametrize("method", [orca, recraft, contrast, mona])
+def test_the_rate_of_a_first_stage_is_that_of_one_batch(tmp_path, monkeypatch, method):
+    """Ten times the rate of stage 2 without its factor for accumulation, with its weight decay; MoNA: once."""
+
+    def stop(module, args):
+        raise Seen(args.lr, args.weight_decay)
+
+    monkeypatch.setattr(method, "make_optimizer", stop)
+    monkeypatch.setattr(data, "of_one_batch", lambda args, name: (3e-4, {method.__name__: 0.7}[name]))
+    with pytest.raises(Seen) as seen:
+        here(method.__name__, *SHORT, out=tmp_path)
+    assert seen.value.args == (pytest.approx(3e-4 if method is mona else 3e-3), 0.7)
+
+
+def test_options_of_the_distance_reach_it(tmp_path, monkeypatch):
+    def stop(u_s, y_s, *options):
+        raise Seen(len(u_s), *options)
+
+    monkeypatch.setattr(orca, "make_distance", stop)
+    monkeypatch.setattr(common, "OtddTerms", stop)
+    few = [*SHORT, "--reg", 0.3, "--source-samples", 50]
+    with pytest.raises(Seen) as seen:
+        here("orca", *few, "--objective", "otdd-gaussian", out=tmp_path)
+    assert seen.value.args == (50, "otdd-gaussian", "gaussian", 0.3)
+    with pytest.raises(Seen) as seen:
+        here("recraft", *few, out=tmp_path)
+    assert seen.value.args == (50, "none", 0.3)

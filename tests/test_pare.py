@@ -8,8 +8,11 @@ import torch
 from helpers import SHORT, here, result, rows, weights
 from safetensors.torch import load_file
 
+import cli
 import common
+import data
 import pare
+import run
 
 # ---- replacing patches
 
@@ -190,15 +193,31 @@ def test_pare_learns_and_leaves_its_folder_behind(uninterrupted):
     assert {name.split(".")[0] for name in load_file(folder / "best.safetensors")} == {"embedder", "encoder", "predictor"}
 
 
-def test_as_released_runs_both_phases(tmp_path, capsys):
-    here("pare.py", *SHORT, "--as-released", out=tmp_path)  # the gate trains in the first epoch only
-    assert "lambda = k/N" in capsys.readouterr().out
-    ks = [row["k"] for row in rows(tmp_path / "spherical-pare-tiny-swin-s0-toy")]
-    assert ks == [41, int(41 - 31 / 3), int(41 - 31 * 2 / 3)]  # 10 of 64 is the released 500 of 3136
+def test_the_released_schedule_and_its_second_phase():
+    args = data.complete(pare.Args(scale="tiny", as_released=True), "pare", "tiny")
+    k0, k_end = round(args.k_begin * 64), round(args.k_end * 64)
+    assert args.ratio == "k/N" and [pare.schedule(epoch, 3, k0, k_end) for epoch in range(3)] == [
+        41, int(41 - 31 / 3), int(41 - 31 * 2 / 3),
+    ]  # 10 of 64 is the released 500 of 3136  # fmt: skip
+    full = data.complete(pare.Args(scale="full"), "pare", "full")
+    assert [pare.released_phase2_begins(full, modality) for modality in ("2d", "1d")] == [10, 5]
+    assert pare.released_phase2_begins(args, "2d") == 40 * 10 // 60
 
 
-def test_cifar100_trains_with_its_own_augmentation_and_optimizer(tmp_path):
-    options = ["--task", "cifar100", "--optimizer", "sgd", "--lr", 0.05, "--accumulate", 3]
-    here("pare.py", *SHORT, *options, out=tmp_path)
-    history = rows(tmp_path / "cifar100-pare-tiny-swin-s0-toy")
-    assert history[-1]["loss"] < history[0]["loss"]
+def test_k_does_not_rise(tmp_path):
+    with pytest.raises(cli.UserError, match="k must fall"):
+        here("pare", *SHORT, "--k-begin", 0.1, "--k-end", 0.5, out=tmp_path)
+
+
+@pytest.mark.parametrize("source, same", [("voc", True), ("cifar10", False)])
+@pytest.mark.parametrize("method", ["pare", "contrast"])
+def test_fields_and_masks_share_one_predictor(tmp_path, monkeypatch, method, source, same):
+    def stop(self, net):
+        raise KeyboardInterrupt(net.predictor_s is net.model.predictor)
+
+    monkeypatch.setattr(run.Run, "distribute", stop)
+    options = ["--task", "cosmic", "--scale", "tiny", "--n-train", 8, "--source", source]
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        here(method, *options, *(["--contrast-epochs", 0] if method == "contrast" else []), out=tmp_path)
+    assert stopped.value.args == (same,)
+

@@ -90,6 +90,15 @@ def test_recraft_aligns_as_released():
     assert found == {"cifar100": (60, 128, 32), "spherical": (60, 128, 28), "psicov": (60, 64, 1), "deepsea": (60, 64, 16),
                      "openml31": (20, 128, 64)}  # fmt: skip
     assert data.complete(recraft.Args(task="deepsea", scale="tiny"), "recraft", "tiny").align_epochs == 20
+    of = {name: recipes.get("recraft", recipes["orca"]) for name, recipes in published.RECIPES.items()}
+    labels = {name: (recipe.label_samples, recipe.label_epochs) for name, recipe in of.items()}
+    assert labels["cifar100"] == (16, 5) and labels["spherical"] == (16, 3) and labels["satellite"] == (32, 3)
+    assert labels["darcy"] == (20, 5) and labels["advection1d"] == (28, 4)
+
+
+def test_the_weight_of_the_mixed_loss_is_that_of_the_kind_of_task():
+    weights = {name: data.TASKS[name].recipes["pare"].mix_weight for name in ("cifar100", "darcy", "cosmic", "satellite")}
+    assert weights == {"cifar100": 1, "darcy": 0.3, "cosmic": 0.3, "satellite": 0.1}
 
 
 def test_a_shorter_run_has_the_same_learning_rate_curve_squeezed():

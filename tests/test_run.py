@@ -56,12 +56,29 @@ def test_schedule_is_linear_up_then_linear_down_in_optimizer_steps():
     assert rates[30] == pytest.approx(0.5) and rates[49] == pytest.approx(1 / 40) and rates[50:] == [0.0] * 10
 
 
+@pytest.mark.parametrize("name, end", [("adam", 1 - 0.1), ("adamw", 1 - 0.1 * 0.5)])
+def test_weight_decay_is_a_part_of_the_gradient_or_of_the_weight(name, end):
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    optimizer = make_optimizer(layer, SimpleNamespace(optimizer=name, lr=0.1, weight_decay=0.5))
+    layer.weight.grad = torch.zeros(1, 1)
+    optimizer.step()
+    assert layer.weight.item() == pytest.approx(end) and optimizer.param_groups[0]["betas"] == (0.9, 0.98)
+
+
 @pytest.mark.parametrize("warmup", [0.0, 1.25, 2.5, 51.67 / 20])
 def test_the_rate_never_exceeds_its_peak(warmup):
     args = SimpleNamespace(warmup_epochs=warmup, decay_epochs=10, accumulate=1)
     schedule = make_schedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), args, steps=1)
     factors = [schedule.lr_lambdas[0](t) for t in range(12)]
     assert max(factors) <= 1 and max(factors) > 0.8 and factors[10:] == [0, 0]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(run, "torchrun", lambda: (0, 2, 0))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(cli.UserError, match="7 cannot be shared by 2 processes"):
+        Run(cli.Args(scale="tiny", batch_size=7), "naive")
 
 
 # ---- random streams
@@ -76,7 +93,7 @@ def test_streams_of_other_names_or_numbers_are_others():
     assert len(set(first)) == len(first)
 
 
-@pytest.mark.parametrize("method", ["orca", "mona", "pare"])
+@pytest.mark.parametrize("method", ["orca", "mona", "pare", "recraft"])
 def test_no_two_uses_in_a_run_draw_the_same_numbers(tmp_path, monkeypatch, method):
     sites, seeds, original = {}, {}, cli.stream
 
@@ -89,12 +106,14 @@ def test_no_two_uses_in_a_run_draw_the_same_numbers(tmp_path, monkeypatch, metho
 
     for module in (cli, data, run, images, text):
         monkeypatch.setattr(module, "stream", spy)
-    few = ["--n-train", 64, *(["--embedder-epochs", 3] if method == "orca" else [])]
+    stages = {"orca": ["--embedder-epochs", 3], "recraft": ["--align-epochs", 2, "--label-epochs", 2]}
+    few = ["--n-train", 64, "--seed", 5, *stages.get(method, [])]
     here(f"{method}.py", *SHORT[:-1], 2, *few, out=tmp_path)
     assert all(len(uses) == 1 for uses in (*sites.values(), *seeds.values()))
+    assert {numbers[0] for _, numbers in sites} == {5}  # all follow from --seed
     names = {name for name, _ in sites}
     assert {"initial weights", "epoch", "validation split", "batches of spherical"} <= names
-    assert ("alignment" in names) == (method == "orca")
+    assert ("alignment" in names) == (method in ("orca", "recraft")) and ("labels" in names) == (method == "recraft")
     stages = {numbers[2] for name, numbers in sites if name == "batches of spherical"}
     assert stages == ({1, 2} if method == "mona" else {2})  # the two stages of MoNA see other batches
 

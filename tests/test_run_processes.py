@@ -33,7 +33,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-RARE = ("orca", "contrast", "finetune")  # their sums over processes are those of the others
+RARE = ("orca", "finetune")  # their sums over processes are those of the others
 EACH = [pytest.param(method, marks=pytest.mark.matrix if method in RARE else ()) for method in METHODS]
 
 

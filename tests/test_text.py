@@ -35,6 +35,16 @@ def test_conll2003_is_cut_into_32_words_with_the_type_that_most_have(tmp_path):
     assert len(few) == 7
 
 
+def test_a_part_of_the_text_is_drawn_with_its_labels(tmp_path):
+    (tmp_path / "conll2003").mkdir()
+    tags = ("LOC", "PER", "ORG")
+    lines = [f"w{piece} NN I-NP B-{tags[piece % 3]}" for piece in range(300) for _ in range(32)]
+    (tmp_path / "conll2003/train.txt").write_text("\n".join(lines))
+    pieces, labels, _ = text.read_conll2003(tmp_path, 20, 1)
+    numbers = [int(piece[0][1:]) for piece in pieces]
+    assert [tags[n % 3] for n in numbers] == [sorted(tags)[label - 1] for label in labels] and numbers != list(range(20))
+
+
 def test_conll2000_from_its_file_or_its_zip_prefers_what_is_rare(tmp_path):
     tags = ["B-NP"] * 6 + ["B-VP"] * 2 + ["O"] * 24, ["B-NP"] * 8 + ["O"] * 24, ["B-XX"] + ["O"] * 31
     pieces = [tags[i % 2] for i in range(100)] + [tags[2]]

@@ -33,7 +33,6 @@ import cli
 import common
 import data
 import orca
-import pare
 import run
 from tasks import scores
 
@@ -515,6 +514,10 @@ def test_the_test_error_is_that_of_the_epoch_that_was_best_on_validation(naive_r
     assert tests[0].split is tests[1].split and len(tests[0].split) == 40
 
 
+def test_of_equal_epochs_the_first_is_the_best(backbone, tmp_path):
+    assert recorded("finetune", backbone, tmp_path, *SETTING, pretend=[0.25, 0.25, 0.5, 0.375]).result["best_epoch"] == 1
+
+
 def test_scratch_keeps_nothing_of_the_pretrained_weights(backbone, tmp_path):
     seen = recorded("finetune", backbone, tmp_path, *SETTING, "--mode", "scratch", "--epochs", 1)
     encoder = seen.net.encoder.state_dict()
@@ -746,6 +749,10 @@ def test_mona_looks_one_step_ahead_then_refines_from_there(mona_run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def seconds_of(folder):
+    return sum(json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
 def test_a_stopped_run_resumes_with_the_weights_of_an_uninterrupted_one(naive_run, backbone, tmp_path, monkeypatch):
     original = run.Run.end_epoch
 
@@ -760,6 +767,7 @@ def test_a_stopped_run_resumes_with_the_weights_of_an_uninterrupted_one(naive_ru
     again = recorded("finetune", backbone, tmp_path, *SETTING, "--resume", pretend=[0.75, 0.5, 0.375])
     assert all(torch.equal(v, weights(naive_run.folder)[k]) for k, v in weights(again.folder).items())
     assert again.rows == naive_run.rows
+    assert again.result["seconds"] == pytest.approx(seconds_of(again.folder), abs=0.06)
     kept = ("test", "test_last", "val", "best_epoch")
     assert [again.result[k] for k in kept] == [naive_run.result[k] for k in kept] == [0.375, 0.5, 0.25, 1]
 
@@ -769,33 +777,6 @@ def test_training_validation_and_test_are_disjoint(naive_run):
     images_of = [{x.numpy().tobytes() for x in split.x} for split in (train, val, test)]
     assert [len(part) for part in images_of] == [31, 3, 40] == [len(split) for split in (train, val, test)]
     assert len(set.union(*images_of)) == 31 + 3 + 40
-
-
-def test_the_class_predictor_answers_in_fp32_under_autocast():
-    predictor, features = common.ClassPredictor(8, 3), torch.randn(2, 4, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = predictor(features.bfloat16())
-    assert out.dtype == torch.float32 and torch.equal(out, predictor(features.bfloat16().float()))
-
-
-NUMBERS = [(), (0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (2**32,), (2**32 + 1, 0)]
-
-
-def test_streams_differ_by_name_and_by_every_number():
-    streams = [cli.stream(name, *numbers) for name in ("a", "b") for numbers in NUMBERS]
-    assert len(set(streams)) == len(streams) and all(0 <= s < 2**63 for s in streams)
-    assert cli.stream("a", 1, 2) == cli.stream("a", 1, 2)
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [("--epochs 0", "positive"), ("--lr -1", "positive"), ("--lr inf", "finite"), ("--k-begin 1.5", "between 0 and 1")],
-)
-def test_options_out_of_bounds_are_refused(monkeypatch, capsys, options, words):
-    monkeypatch.setattr("sys.argv", ["pare.py", *options.split()])
-    with pytest.raises(SystemExit) as stop:
-        cli.command_line(pare.Args, "")
-    assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_classes_are_counted_from_0():
