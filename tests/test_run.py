@@ -145,6 +145,15 @@ def test_no_room_on_the_disk_is_said_and_nothing_is_lost(script, tmp_path):
     script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path)  # the disk has room again
 
 
+@pytest.mark.parametrize("method", ["mona", "contrast"])
+def test_activation_checkpointing_changes_no_weight(tmp_path, method):
+    few = [*SHORT[:-1], 1, "--n-train", 32]
+    for name, options in (("plain", []), ("checkpointed", ["--checkpoint"])):
+        here(method, *few, *options, out=tmp_path / name)
+    plain, other = (weights(tmp_path / name / f"spherical-{method}-tiny-swin-s0-toy") for name in ("plain", "checkpointed"))
+    assert all(torch.equal(value, other[key]) for key, value in plain.items())
+
+
 def test_neither_git_nor_a_compiler_is_needed(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     script("finetune.py", *SHORT[:-1], 1, "--mode", "probe", out=tmp_path)
