@@ -72,6 +72,14 @@ def test_the_table_has_a_column_for_each_task_and_size(results, capsys):
         charts.main(charts.Args("table", (file,), methods=("orka",)))
 
 
+def test_details_put_a_variant_beside_its_method(results, capsys):
+    errors = {"pare": (0.5, 0.6, 0.7), "pare-end": (0.4, 0.52, 0.61), "orca-e5": (0.1,), "naive": (0.9, 0.9, 0.9)}
+    file = results("all.csv", *[("a", m, seed, e, 9, 9) for m, of_it in errors.items() for seed, e in enumerate(of_it)])
+    found = charts.main(charts.Args("details", (str(file),)))
+    assert found == {("a", 9): ["pare-end"]}  # orca has no run
+    assert capsys.readouterr().out.splitlines()[2:] == ["| a | pare-end | 0.5100 ± 0.1054 | -0.0900 ± 0.0100 | 0.0041 | 3 |"]
+
+
 def test_sizes_are_means_over_seeds_by_method_and_number_of_samples(use, results):
     few = results("few.csv", ("a", "naive", 0, 0.8, 100, 50), ("a", "naive", 1, 0.9, 100, 50), ("a", "orca", 0, 0.5, 100, 50),
                   ("a", "boosting", 0, 0.1, 100, ""), ("b", "naive", 0, 0.3, 100, 50))  # fmt: skip

@@ -3,6 +3,7 @@
 Of the results.csv of tools/reproduce.py, one for each set of options; those of docs/ will do:
 
     python tools/charts.py table CSV...           methods and tasks, as in README
+    python tools/charts.py details CSV...         variants (tools/variants.py), each beside its method
     python tools/charts.py start CSV...           the methods with copied and with random weights of the target embedder
     python tools/charts.py sizes CSV...           error against the number of training samples
     python tools/charts.py compute CSV...         error against the batches that a run encodes
@@ -42,14 +43,14 @@ matplotlib.use("Agg")
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["table", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional]
+    what: Annotated[Literal["table", "details", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional]
     """the chart"""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """files of results, or folders of finished runs"""
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
-    """table, sizes, compute: methods to show. Default: all; sizes, compute: those with runs at two or more values of x"""
+    """table, details, sizes, compute: methods to show. Default: all; sizes, compute: those with runs at two or more values of x"""
     out_dir: str = "runs"
     """gate, ablation: runs of tools/reproduce.py"""
     task: str = "spherical"
@@ -167,6 +168,26 @@ def table(args):
         if any(method in cells for cells in columns.values()):
             print(f"| {method} |", " | ".join(cells.get(method, "") for cells in columns.values()), "|")
     return {column: list(cells) for column, cells in columns.items()}
+
+
+def details(args):
+    """Print a Markdown table of variants at the last epoch, with the difference to their method and p of a paired t test.
+
+    A variant is called like its method and a word: pare-end. Returns: (task, n_train) -> variants.
+    """
+    rows, shown = rows_in(args.inputs), {}
+    methods = chosen(args, rows)
+    print("| task | variant | test, last epoch | minus the method, same seeds | p | n |\n" + "|---" * 6 + "|")
+    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
+        those = of(rows, task=task, n_train=n_train)
+        errors = errors_of(those, "method")
+        for method in known_methods(those):
+            base = method.partition("-")[0]
+            if method != base and base in errors and method in methods:
+                shown.setdefault((task, n_train), []).append(method)
+                cells = spread(errors[method]), apart(those, task, method, base), len(errors[method])
+                print(f"| {task} | {method} |", " | ".join(map(str, cells)), "|")
+    return shown
 
 
 RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
@@ -390,8 +411,9 @@ def ablation(args):
 MANY = 999
 # what: smallest and largest number of arguments after it, function
 COMMANDS = {
-    "table": (1, MANY, table), "start": (1, MANY, start), "sizes": (1, MANY, against), "compute": (1, MANY, against),
-    "curves": (1, MANY, curves), "budget": (1, MANY, budget), "gate": (0, 0, gate), "ablation": (0, 0, ablation),
+    "table": (1, MANY, table), "details": (1, MANY, details), "start": (1, MANY, start), "sizes": (1, MANY, against),
+    "compute": (1, MANY, against), "curves": (1, MANY, curves), "budget": (1, MANY, budget), "gate": (0, 0, gate),
+    "ablation": (0, 0, ablation),
 }  # fmt: skip
 
 
