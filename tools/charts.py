@@ -43,14 +43,16 @@ matplotlib.use("Agg")
 
 @dataclass(frozen=True)
 class Args:
-    what: Annotated[Literal["table", "details", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional]
+    what: Annotated[
+        Literal["table", "details", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional
+    ]
     """the chart"""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """files of results, or folders of finished runs"""
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
-    """table, details, sizes, compute: methods to show. Default: all; sizes, compute: those with runs at two or more values of x"""
+    """table, details, sizes, compute: methods to show. Default: all; of sizes and compute, those with runs at several x"""
     out_dir: str = "runs"
     """gate, ablation: runs of tools/reproduce.py"""
     task: str = "spherical"
@@ -183,7 +185,7 @@ def details(args):
         errors = errors_of(those, "method")
         for method in known_methods(those):
             base = method.partition("-")[0]
-            if method != base and base in errors and method in methods:
+            if method != base and {method, base} <= errors.keys() and method in methods:
                 shown.setdefault((task, n_train), []).append(method)
                 cells = spread(errors[method]), apart(those, task, method, base), len(errors[method])
                 print(f"| {task} | {method} |", " | ".join(map(str, cells)), "|")
