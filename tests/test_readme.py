@@ -64,23 +64,34 @@ def measured(study):
 
 
 EVERY_METHOD = "pare orca mona recraft contrast naive warmup frozen lora norms scratch"
+CONTRAST = "contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random contrast-random naive pare"
 
 
 @pytest.mark.parametrize(
     "file, study, methods",
-    [("docs/results.md", "-1000", [None, None]), ("docs/results.md", "", [None]),
+    [("docs/results.md", "-1000", [EVERY_METHOD, f"{EVERY_METHOD} boosting logistic", CONTRAST]),
+     ("docs/results.md", "", [None, None]),
      ("docs/why-orca.md", "-1000", ["orca mona naive warmup scratch naive-bias orca-bias orca-shuffled"]),
      ("docs/results-unconverged.md", "-unconverged", [None] * 9)],
 )  # fmt: skip
 def test_every_table_of_a_task_is_that_of_its_rows(file, study, methods, capsys):
     text, rows = (ROOT / file).read_text(), measured(study)
     shown = re.findall(r"^((\w+): .+ data, .+ training samples\n\n(?:\|.*\n)+)", text, re.M)
-    if file == "docs/results.md":  # two studies: advection1d is of the default budget
-        shown = [one for one in shown if (one[1] == "advection1d") == (study == "")]
+    if file == "docs/results.md":  # two studies: fields are of the default budget
+        shown = [one for one in shown if (one[1] in ("advection1d", "darcy")) == (study == "")]
     assert len(shown) == len(methods)
     for (block, task), those in zip(shown, methods, strict=True):  # None: all that have rows
         reproduce.table([row for row in rows if those is None or row["method"] in those.split()], task)
         assert capsys.readouterr().out.strip() == block.strip(), f"{task} of {file}: not the table of results{study}.csv"
+
+
+def test_the_tables_of_variants_are_those_of_their_rows(capsys):
+    shown = re.findall(r"^(?:\| task \| variant \|.*\n)(?:\|.*\n)+", (ROOT / "docs/results.md").read_text(), re.M)
+    assert len(shown) == 2
+    for block in shown:
+        variants = re.findall(r"^\| cifar100 \| ([\w-]+) \|", block, re.M)
+        charts.main(charts.Args("details", (str(ROOT / "docs/results-1000.csv"),), methods=tuple(variants)))
+        assert capsys.readouterr().out == block and len(variants) > 4
 
 
 def test_the_table_of_readme_is_that_of_its_rows(capsys):
@@ -108,7 +119,8 @@ def test_a_comparison_with_naive_is_that_of_its_rows(section, study, n_train, me
 
 
 def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
-    readme, results, why = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/why-orca.md"))
+    files = ("README.md", "docs/results.md", "docs/why-orca.md")
+    readme, results, why = (" ".join((ROOT / name).read_text().split()) for name in files)
     with (ROOT / "docs/rates-1000.csv").open() as file:
         rates = [row | {"seed": int(row["seed"]), "test_last": float(row["test_last"])} for row in csv.DictReader(file)]
     rows, at_3e3 = measured("-1000"), reproduce.of(rates, lr="0.003")
@@ -124,12 +136,23 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
     assert f"beyond the bias is {points('satellite', 'orca-bias', 'naive-bias')} points" in why
     assert f"warmup gains {points('satellite', 'warmup')} points and MoNA {points('satellite', 'mona')}, " in why
     for text in (why, results):
-        assert f"from scratch the error is {points('satellite', 'scratch')} points lower" in " ".join(text.split())
+        assert f"from scratch the error is {points('satellite', 'scratch')} points lower" in text
     assert f"worth {points('satellite', 'naive-bias')} points, ORCA {points('satellite', 'orca')}." in why
     assert f"rollout is {points('cifar100', 'contrast-stage2', 'contrast-stage2-random')} points worse" in results
     assert f"as well) {points('cifar100', 'pare', 'contrast-stage2-random')} points better" in results
+    random = "naive-random"
+    assert f"ORCA is better by {points('cifar100', 'orca-random', random)} points" in results
+    assert f"stage 1 of `contrast.py` by {points('cifar100', 'contrast-stage1-init-random', random)} " in results
+    assert f"random, as the slides have it, gains {points('cifar100', 'contrast-stage1-init-random', random)} points" in results
+    assert f"MoNA by {points('cifar100', 'mona-random', random)} (p" in results
+    assert f"PaRe by {points('cifar100', 'pare-random', random)}." in results
+    assert f"`mona-plain`, lambda = 0) the error is the same, {points('cifar100', 'mona-plain', 'mona')} points" in results
+    assert f"a gate that is not trained {points('cifar100', 'pare-frozen-gate', 'pare')} points" in results
+    assert f"alpha = 1 is {points('cifar100', 'mona-alpha1', 'mona')} points worse" in results
+    assert f"better by {points('cifar100', 'pare-end', 'pare')} points" in results
+    assert f"one target class per problem ({points('cifar100', 'orca-one-class', 'orca')} points better" in results
     lower = reproduce.spread([row["test_last"] for row in reproduce.of(rates, n_train="2000")])  # at 1e-3
-    assert f"last epoch is {lower}" in results.replace("\n", " ")
+    assert f"last epoch is {lower}" in results
     for these, method in ((at_3e3, "contrast-stage1"), (at_3e3, "contrast-stage1-e20"), (rows, "contrast-stage1")):
         assert f"| {reproduce.apart(these, 'cifar100', method).split(' | ')[0]}, fine-tuned at " in results
 

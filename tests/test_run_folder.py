@@ -68,7 +68,7 @@ def start(finished, out, name, *options):
     options = [*map(str, arguments), *options, "--data-dir", str(out / "none"), "--out-dir", str(out)]
     args = tyro.cli(module.Args, args=options)
     splits = map(Split, before["data"], before["samples"])
-    return run.Run(args, script.removesuffix(".py")).start(*splits)
+    return run.Run(args, getattr(args, "mode", script.removesuffix(".py"))).start(*splits)
 
 
 # ---- files that are missing or damaged
