@@ -32,9 +32,9 @@ from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
-# Re-exported for user-defined tasks, which then need one import (README, "Your own data")
-__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "command_line", "find_task", "guarded",
-           "kept", "load", "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav"]  # fmt: skip
+# With what the reader of a task of one's own needs (README, "Your own data")
+__all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "find_task", "kept", "load",
+           "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of tasks

@@ -126,7 +126,7 @@ def released_groups(y_t, args, generator):
     A group is whole batches of `batch_size`, at least label_samples. A rest of less than half of label_samples is left out.
     w = n_c / n * m / (number of batches of class c).
     """
-    size = args.batch_size * -(-args.label_samples // args.batch_size)
+    size = args.batch_size * math.ceil(args.label_samples / args.batch_size)
     for c in y_t.unique()[torch.randperm(len(y_t.unique()), generator=generator)]:
         members = torch.nonzero(y_t == c).squeeze(1)
         groups = members[torch.randperm(len(members), generator=generator)].split(size)
