@@ -1,4 +1,4 @@
-"""Pretrained models: a Swin or ViT of timm, or a BERT-like text model of transformers, found, read, cut before its encoder.
+"""Load pretrained models, Swins and ViTs of timm and BERT-like models of transformers, and split off their embedder.
 
 The only file that knows the insides of timm and transformers, which are imported where they are used: they take seconds.
 Shapes: B batch, N tokens, D token width, n encoder output tokens, F feature width, H W sizes.

@@ -18,11 +18,13 @@ import numpy as np
 POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "tau",
             "embedder_lr", "meta_lr", "inner_lr", "label_lr", "max_samples", "align_samples", "label_samples",
             "contrast_samples", "noise_steps", "rank", "alpha", "classes_per_problem", "source_samples", "gcn_steps",
-            "jobs", "rounds", "steps", "save_every")  # fmt: skip
+            "jobs", "rounds", "steps", "save_every", "size", "window", "width", "layers", "heads", "length",
+            "vocabulary")  # fmt: skip
 LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
            "embedder_epochs": 1e6, "meta_epochs": 1e6, "align_epochs": 1e6, "label_epochs": 1e6, "contrast_epochs": 1e6,
            "reg": 1e9, "lambda_": 1e9, "sigmas": 1, "momentum": 1, "dropout": 1, "mix_weight": 1e6, "warmup_epochs": 1e6,
-           "align_weight": 1e6, "regularise_weight": 1e6, "edge_ratio": 1}  # fmt: skip
+           "align_weight": 1e6, "regularise_weight": 1e6, "edge_ratio": 1, "seeds": 1e6, "workers": 1024, "mask": 1,
+           "cutmix": 1, "crop": 1, "label_smoothing": 1}  # fmt: skip
 
 
 class UserError(Exception):
@@ -93,9 +95,9 @@ class Args:
 
 
 def stream(name, *numbers):
-    """The seed of a random stream of its own: the name says what is drawn, the numbers (seed, epoch, process...) which time.
+    """The seed of a separate random stream: the name says what is drawn, the numbers (seed, epoch, process) when.
 
-    Name, count and two words of 32 bits for each number: SeedSequence alone takes [s], [s, 0] and [s, 0, 0] for the same.
+    The count is included because SeedSequence treats [s], [s, 0] and [s, 0, 0] as equal.
     """
     words = [word for number in numbers for word in (number % 2**32, number >> 32)]
     entropy = [zlib.crc32(name.encode()), len(numbers), *words]
@@ -122,8 +124,10 @@ def command_line(Args, doc, check_task=None):
             if (value := getattr(args, name, None)) is not None and not 0 < value < float("inf"):
                 raise UserError(f"--{option(name)} {value} must be positive" + " and finite" * (value > 0) + ".")
         for name, most in LARGEST.items():
-            value = getattr(args, name, None) or 0
-            for number in value if isinstance(value, tuple) else (value,):
+            value = getattr(args, name, None)
+            if value == ():
+                raise UserError(f"--{option(name)} needs at least one number.")
+            for number in value if isinstance(value, tuple) else (value or 0,):
                 if not 0 <= number <= most:
                     raise UserError(f"--{option(name)} {number} must lie between 0 and {most:g}.")
         home = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str) and v.startswith("~")}
@@ -144,7 +148,7 @@ def reason(error):
 
 
 def guarded(main, *args):
-    """Call `main`; report a UserError, a folder that cannot be written, a full disk or a full GPU in two lines, exit code 2."""
+    """Call `main`; report a UserError, a file that cannot be opened, a full disk or a full GPU in two lines, exit code 2."""
     try:
         return main(*args)
     except UserError as error:
@@ -156,11 +160,12 @@ def guarded(main, *args):
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint."
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        message = f"{error.filename}: {error.strerror}.\nGive a folder that you can write to."
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            message = f"{error.filename}: {error.strerror}.\nCheck its permissions, or give another path."
+        else:
             raise
-        message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)

@@ -279,7 +279,7 @@ def received_attention(encoder, tokens, block=0):
 def checkpoint_activations(encoder):
     """Activation checkpointing: store only the input of each encoder block and recompute the rest in the backward pass.
 
-    The block then reads its parameters again, so this does not work with torch.func.functional_call (MoNA's stage 1).
+    The block then reads its parameters again, so this does not work with torch.func.functional_call (MoNA's stage 1, LoRA).
     """
     for block in encoder.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -325,7 +325,7 @@ def load_source(name, pretrained=True, architecture=None):
             tools/pretrain.py. "random:NAME" is NAME with random weights, for measuring speed where no weights are available.
         pretrained: False builds the same network with random weights.
         architecture: `encoder.architecture` of an earlier Source: builds its network with random weights, without its files.
-    Raises: UserError for a name nobody knows, a damaged file, a model that cannot be cut, a hub that does not answer.
+    Raises: UserError for an unknown name, a damaged file, a model that cannot be cut, a hub that does not answer.
     """
     model, tokenizer = load_model(name, pretrained) if architecture is None else rebuild(architecture)
     if tokenizer is not None:

@@ -1,7 +1,7 @@
 """The slides' own proposal: a contrastive target embedder, then patches replaced by attention scores instead of a gate.
 
 Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", lecture slides 43 to 46 (2024). No publication and no code of it
-was found, and its loss cannot be run as printed. This file is a well-posed reading of it; `--as-printed` is the formula itself.
+was found, and its loss cannot be run as printed. This file has a corrected version; `--as-printed` uses the printed one.
 
     stage 1, contrastive embedder, in each step:
     1  x' = a^t x + sqrt(1 - a^2t) eps,  a = sqrt(1 - sigma^2)       two noisy views of each sample, with random sigma and t
@@ -33,7 +33,7 @@ What the slides leave open, and what was chosen: docs/paper-vs-code.md, C1 to C1
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -43,7 +43,7 @@ from torch import nn
 import cli
 import common
 import data
-from pare import Gate, replace_patches, schedule
+from pare import Gate, limits, replace_patches, schedule
 from run import LOG_EVERY, Run, embed_all, make_optimizer, make_schedule, mean_loss, seed_everything, take_step
 
 
@@ -54,7 +54,7 @@ class Args(cli.Args):
     contrast_epochs: int = 5
     """passes over the training samples in stage 1; 0: none. With --k-begin 0 as well: naive fine-tuning, with PaRe's recipe"""
     contrast_samples: int = 128
-    """samples in a step of stage 1, two views of each. 128 views pass the encoder at once: to save memory, give less than 64"""
+    """samples in a step of stage 1, two views of each. 128 views pass the encoder at once: only values below 64 save memory"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.4)
     """scales of the noise of a view, drawn with equal chance, relative to the standard deviation of each channel (of at most
     256 training samples)"""
@@ -105,15 +105,6 @@ def views(x, sigmas, T, mean=0.0, std=1.0):
     shape = (len(x), *[1] * (x.ndim - 1))
     sigma = torch.tensor(sigmas, device=x.device)[torch.randint(len(sigmas), shape, device=x.device)]  # (B, 1, ...)
     return noisy(x, sigma, torch.randint(1, T + 1, shape, device=x.device), mean, std)
-
-
-def expand(x, y, sigmas, T, mean=0.0, std=1.0):
-    """The slides' whole expanded set (their M = N K T): each of n samples with each of S sigmas and t = 1 ... T. Labels repeat.
-
-    x (n, ...), y (n, ...) -> (S T n, ...), (S T n, ...). Stage 1 draws views as it goes instead.
-    """
-    every = [noisy(x, sigma, t, mean, std) for sigma in sigmas for t in range(1, T + 1)]
-    return torch.cat(every), torch.cat([y] * len(every))
 
 
 def correlation(targets):
@@ -212,9 +203,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": time.perf_counter() - start})
 
     measure(time.perf_counter())
-    lr, weight_decay = data.of_one_batch(args, "contrast")
-    lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
-    optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    optimizer = make_optimizer(embedder, data.of_embedder(args, "contrast"))  # ORCA's rule: 10 times --lr
     for epoch in progress(range(args.contrast_epochs)):
         seed_everything("contrast", args.seed, epoch, rank)
         start, (order, _) = time.perf_counter(), train.plan(n // size, size, args.seed, epoch, stage=1)
@@ -281,9 +270,7 @@ def main(args):
     predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
     net = Replacement(model, predictor_s, args.scores, source.token_width)
     N, N_s = embedder.tokens, source.tokens(source_set.shape)
-    k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
-    if k_end > k0:
-        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+    k0, k_end = limits(args, N, N_s)
     net.to(device)
     source.embedder.to(device)
     scores_s = None  # (n_s, N_s): of attention, by the pretrained encoder, once for each source sample
@@ -302,8 +289,7 @@ def main(args):
             with run.autocast():
                 return (model.encoder(embedder(x)) if deep else embedder(x)).float()  # (B, n, F)
 
-        progress = lambda epochs: run.progress(epochs, len(epochs), "stage 1")
-        rows = learn_embedder(embedder, encode, train, data.class_labels(train, seed=args.seed), args, progress, run.rank)
+        rows = learn_embedder(embedder, encode, train, data.class_labels(train, seed=args.seed), args, run.progress, run.rank)
         run.keep_stage1(rows, embedder=embedder)
         said = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
         print(f"contrast {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")

@@ -32,7 +32,7 @@ from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
-# With what the reader of a task of one's own needs (README, "Your own data")
+# Includes what the reader of a task of your own needs (README, "Your own data")
 __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "find_task", "kept", "load",
            "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav"]  # fmt: skip
 
@@ -163,7 +163,7 @@ TASKS = table((
         "fsd50k", "sound events, from a log-mel image", (1, 96, 102), "labels", (200,), signals.read_fsd50k,
         toys.sounds, (("audio",),), RECIPES["fsd50k"],
         loss=functools.partial(scores.presence, positive=10.0), score=scores.clip_map_error, metric="1-mAP",
-        augment=signals.hear, draws=25, stored=(2, signals.RATE),
+        augment=signals.log_mel_image, draws=25, stored=(2, signals.RATE),
         names=signals.fsd50k_names, toy_names=toys.wave_names(6, 200.0), sample="a recording",
     ),
     Task(
@@ -251,7 +251,7 @@ PROXIES = table((
 
 TOY_TRAIN, TOY_TEST = 3000, 500
 SOURCE_SAMPLES = 5000  # as in the official codes
-LARGEST = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
+TINY_BATCH_NUMBERS = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
 
 
 def find_task(name):
@@ -277,7 +277,7 @@ def complete(args, method, scale):
         raise UserError(f"--source {source} does not go with {task.name}.\nTake {fitting}.")
     if scale == "tiny":
         tiny = TINY_RECIPES[task.kind]
-        share = 2 ** max(0, math.ceil(math.log2(tiny.batch_size * math.prod(task.shape) / LARGEST)))
+        share = 2 ** max(0, math.ceil(math.log2(tiny.batch_size * math.prod(task.shape) / TINY_BATCH_NUMBERS)))
         recipe = replace(tiny, source=recipe.source, k_begin=recipe.k_begin, k_end=recipe.k_end, mix_weight=recipe.mix_weight,
                          batch_size=tiny.batch_size // share, accumulate=share)  # fmt: skip
     squeeze = (args.epochs or recipe.epochs) / recipe.epochs  # a shorter run has the same learning rate curve, squeezed
@@ -289,6 +289,12 @@ def complete(args, method, scale):
     )
     missing = [f.name for f in dataclasses.fields(recipe) if getattr(args, f.name, "") is None]
     return replace(args, **{name: getattr(recipe, name) for name in missing})
+
+
+def of_embedder(args, method):
+    """`args` for a first stage that trains the embedder alone: --embedder-lr, or ORCA's official rule."""
+    lr, weight_decay = of_one_batch(args, method)
+    return replace(args, lr=args.embedder_lr or (lr if lr > 1e-3 else 10 * lr), weight_decay=weight_decay)
 
 
 def of_one_batch(args, method):
@@ -460,7 +466,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     `as_released`: data of PDE tasks with the mistakes of the official files and of ORCA's loader (docs/pde.md).
 
     Where files are missing, PDE tasks are simulated; at the tiny scale others use toy data, and a printed line says so.
-    Raises: Missing at full scale. UserError where data are not what the task says, see `gate`.
+    Raises: Missing at full scale. UserError where the data do not match the task, see `validate`.
     """
     import torch
 
@@ -506,8 +512,8 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     first = torch.zeros(1, dtype=torch.int64, device=device)
     found, wanted = tuple(loaded.train.inputs(first).shape[1:]), tuple(task.shape)
     if found != wanted:
-        raise UserError(f"{task.name}: {data_dir} has samples of {size(found)}; expected {size(wanted)}.")
-    what = f"{classes} {'classes' if task.target == 'class' else 'labels'}" if classes else f"fields {size(task.output)}"
+        raise UserError(f"{task.name}: {data_dir} has samples of {by_x(found)}; expected {by_x(wanted)}.")
+    what = f"{classes} {'classes' if task.target == 'class' else 'labels'}" if classes else f"fields {by_x(task.output)}"
     print(f"target  {task.name}: {kind} data, {n_train:,} samples for training and {n_val:,} for validation of {len(order):,},",
           f"{len(loaded.test):,} for test, {what}")  # fmt: skip
     return loaded
@@ -523,7 +529,7 @@ def remember(loaded):
 
 
 def recall(name, facts):
-    """The Task called `name` as it was in training; its data are not read. Raises UserError for a name nobody knows."""
+    """The Task called `name` as it was in training; its data are not read. Raises UserError for an unknown name."""
     statistics = {k: np.asarray(value) for k, value in facts["statistics"].items()}
     facts = {k: tuple(value) if isinstance(value, list) else value for k, value in facts.items()}
     task = replace(find_task(name), **facts | {"statistics": statistics})
@@ -572,7 +578,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
         kind, classes = "toy", count_classes(proxy.target, y)
     if proxy.modality == "1d":
         x = text.token_ids(x, tokenizer)  # (n, words)
-    what = f"{classes} classes" if classes else f"fields {size(proxy.output)}"
+    what = f"{classes} classes" if classes else f"fields {by_x(proxy.output)}"
     x, y = validate(f"source {name}", x, y, proxy, classes)
     print(f"source  {name}: {kind} data, {len(y):,} samples, {what}")
     return Split(x, y, classes, kind, proxy, device)
@@ -602,7 +608,7 @@ def class_labels(split, k=10, seed=0):
     return torch.from_numpy(np.concatenate([kmeans.predict(flat(index)) for index in chunks])).long().to(split.device)
 
 
-def size(shape):
+def by_x(shape):
     return " x ".join(map(str, shape))
 
 
@@ -670,7 +676,7 @@ def print_tasks(data_dir):
         here = sum(any(present(DOWNLOADS[key], data_dir) for key in keys) for keys in task.downloads)
         rest = "solved here" if task.simulate else "in part" if here else "missing"
         state = "present" if here == len(task.downloads) else rest
-        print(f"{task.name:21}{size(task.shape):16}{size(task.output):11}{task.metric:10}",
+        print(f"{task.name:21}{by_x(task.shape):16}{by_x(task.output):11}{task.metric:10}",
               f"{task.recipes['pare'].source:14}{state:13}{task.about}", sep="")  # fmt: skip
     example = openml_task(31)
     tables = len(list(Path(data_dir).glob("openml/openml.org/api/v1/json/data/[0-9]*.gz")))
@@ -679,8 +685,8 @@ def print_tasks(data_dir):
     print()
     for proxy in PROXIES.values():
         here = "present" if present(DOWNLOADS[proxy.download], data_dir) else "missing"
-        what = f"{proxy.output[0]} classes" if proxy.target == "class" else f"masks {size(proxy.output)}"
-        print(f"source {proxy.name}: {size(proxy.shape)}{' words' * (proxy.modality == '1d')}, {what}, {here}")
+        what = f"{proxy.output[0]} classes" if proxy.target == "class" else f"masks {by_x(proxy.output)}"
+        print(f"source {proxy.name}: {by_x(proxy.shape)}{' words' * (proxy.modality == '1d')}, {what}, {here}")
     print(f"\n`python data.py --prepare NAME --data-dir {data_dir}` downloads what is missing.")
 
 

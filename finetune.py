@@ -103,6 +103,8 @@ class LoRA(nn.Module):
 
 def main(args):
     # ---- set up: processes, device, seed, data, run folder
+    if args.as_released and args.init == "random":  # finetune
+        raise cli.UserError("--as-released sets the initial embedder itself.\nLeave out --init random.")  # finetune
     run = Run(args, args.mode)  # finetune
     args, device = run.args, run.device
     with run.first_process_first():

@@ -1,4 +1,4 @@
-"""LSG: the names of the classes, read by a language model and joined in a graph, guide the features of another modality.
+"""LSG: a graph of the class names, encoded by a language model, guides the features of another modality.
 
 Ma, Li, Cai and Kang, "Language Semantic Graph Guided Data-Efficient Learning", NeurIPS 2023. Written after its abstract, its
 figure and its released code: the paper's equations could not be read.
@@ -19,9 +19,9 @@ joins the graph as a neighbour of its own label, and the output of the GCN for i
 
     K classes, P prompts for each, n nodes of width d (that of the text encoder), B samples
 
-Written out, line 5 says that all samples of a class have the same neighbours, hence the same g_i and o_i: the last term of
-line 6 pulls them all to one vector, which comes from the class's name. So the controls belong to the method: `--prototypes
-text` is that pull without graph and GCN, `random` and `simplex` are the same pull without any language.
+By line 5, all samples of a class have the same neighbours and therefore the same g_i and o_i: the last term of line 6 pulls
+them to one vector, which comes from the name of the class. Three controls test whether the graph and the language matter:
+`--prototypes text` uses neither graph nor GCN, `random` and `simplex` use no language at all.
 
     python lsg.py --task spherical
 
@@ -63,7 +63,7 @@ class Args(cli.Args):
     regularise_weight: float | None = None
     """w_r. Default: 8 (full, official), 0.5 (tiny: docs/results.md)"""
     edge_ratio: float = 0.003
-    """r, of line 2"""
+    """r of line 2: share of the n^2 pairs of nodes that become edges between classes"""
     gcn_steps: int | None = None
     """steps of stage 1. Default: 200, of Adam; as released 5005, of SGD"""
 
@@ -148,7 +148,7 @@ def label_nodes(loaded, args, device):
     if source.modality != "1d":
         raise cli.UserError(f"--text-encoder: {source.name} is a Swin or ViT, not a text model.\nGive a BERT-like model.")
     if source.name == "tiny-roberta":
-        print("LSG     tiny-roberta knows how names are spelt, hardly what they mean: for results, give a --text-encoder")
+        print("LSG     tiny-roberta hardly knows what the names mean. For real results, give a --text-encoder")
     prompts = tokenise(source, names, loaded.task.sample)
     key = hashlib.sha256(f"{prompts} {args.edge_ratio} {source.name} {source.encoder.architecture}".encode())
     for weight in (*source.embedder.parameters(), *source.encoder.parameters()):
@@ -187,7 +187,7 @@ def train_gcn(gcn, t, A, task, args):
     steps, rows, begin = args.gcn_steps or (5005 if args.as_released else 200), [], time.perf_counter()
     for step in range(1, steps + 1):
         o = spread @ (activation(near @ gcn.W1) @ gcn.W2)  # (n, K)
-        loss = task.loss(F.normalize(o, dim=1) if args.as_released else o, y)
+        loss = task.loss(F.normalize(o, dim=1) if args.as_released else o, y)  # line 3: L(O, class)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()  # also after the last step: clipping in stage 2 counts every gradient that is there

@@ -22,7 +22,7 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tu
 Published, spherical, full scale: 0.271.
 
 No code has been published. Signs in line 4 are Wang and Isola's (MoNA's slides print both terms negated, which would reward
-collapse); alpha, beta, lambda, the length of stage 1 and what becomes of h are not in the texts: docs/paper-vs-code.md, M1 to
+collapse); alpha, beta, lambda, the length of stage 1 and what happens to h are not in the texts: docs/paper-vs-code.md, M1 to
 M6, and docs/mona.md for how the defaults were found.
 """
 
@@ -90,7 +90,7 @@ def uniformity(f):
 def outer_loss(encoder, theta, tokens_s, y_s):
     """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars.
 
-    Pairs are of all samples: of G processes each has its share of the tokens, and all of the classes y_s.
+    Pairs are formed over all samples. With G processes, each has its share of the tokens and all classes y_s.
     """
     features = functional_call(encoder, theta, (tokens_s,)).mean(1)  # (B / G, n, F) -> (B / G, F)
     f = gather(F.normalize(features, dim=1))  # (B, F)
@@ -125,7 +125,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     def inner_loss(theta, tokens):  # L(h(f(e(x_t); theta)), y_t)
         return loss(gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
 
-    with torch.autocast(x_t.device.type, enabled=False):  # a difference of near numbers needs all their digits
+    with common.autocast_off(x_t):  # a difference of near numbers needs all their digits
         inner_e, inner_h, outer_e, losses, step = gradients(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
     inner_e, inner_h, outer_e = average(inner_e), average(inner_h), average(outer_e)
     log = torch.stack([*losses, norm(outer_e) / norm(inner_e), step]).detach()
@@ -159,7 +159,7 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
     embedded = model.embedder(x_t)  # (B, N, D)
     tokens = embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once each
     L_inner = inner_loss(theta, tokens)  # line 1
-    g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()])
+    g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()])  # (B, N, D), ...
     inner_h, g_theta = g[: len(h)], average(g[len(h) :])
     theta_star = {name: (p.detach() - alpha * d).requires_grad_() for (name, p), d in zip(theta.items(), g_theta, strict=True)}
     step = alpha * norm(g_theta) / norm(list(theta.values()))
@@ -171,7 +171,7 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
     sides = []
     for sign in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
         moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
-        sides += torch.autograd.grad(inner_loss(moved, tokens), tokens)
+        sides += torch.autograd.grad(inner_loss(moved, tokens), tokens)  # (B, N, D)
         del moved
     inner_e = torch.autograd.grad(embedded, e, g_tokens, retain_graph=True)
     outer_e = torch.autograd.grad(embedded, e, -lambda_ * alpha * (sides[0] - sides[1]) / (2 * c))  # line 5

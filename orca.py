@@ -27,7 +27,7 @@ optimises what that code does. docs/paper-vs-code.md, O1 to O8, says more.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -105,9 +105,7 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
     inner = "gaussian" if args.objective == "otdd-gaussian" else "none" if released else "exact"
     per_problem = args.classes_per_problem if otdd and not released else 1
     distance = make_distance(u_s, y_s, args.objective, inner, args.reg)
-    lr, weight_decay = data.of_one_batch(args, "orca")
-    lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # the official rule
-    optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    optimizer = make_optimizer(embedder, data.of_embedder(args, "orca"))  # the official rule: 10 times --lr
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
     members = [torch.nonzero(y_t == c).squeeze(1) for c in y_t.unique()]  # the samples of each class
     rows = []
@@ -120,7 +118,7 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
             u_t = embed_all(embedder, train, index)  # line 2: (m, D)
             if not torch.isfinite(u_t).all():
                 raise cli.UserError(f"the embedder diverged in epoch {epoch + 1} of stage 1.\nLower --embedder-lr.")
-            loss = mass.sum() * distance(u_t, y_t[index], mass, generator)  # line 4: n_c / n of the problem's classes, OTDD
+            loss = mass.sum() * distance(u_t, y_t[index], mass, generator)  # line 4: sum_c n_c / n, times OTDD
             loss.backward()
             total += loss.detach()
         average_gradients(embedder.parameters())
@@ -162,7 +160,7 @@ def main(args):
         with torch.no_grad():
             u_s = embed_all(source.embedder, source_set, torch.arange(len(source_set), device=device))  # line 1: (n, D)
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
-        rows = align(embedder, u_s, y_s, train, y_t, args, lambda epochs: run.progress(epochs, len(epochs), "stage 1"))
+        rows = align(embedder, u_s, y_s, train, y_t, args, run.progress)
         run.keep_stage1(rows, embedder=embedder)
         first, last = rows[0]["distance"], rows[-1]["distance"]
         print(f"ORCA    {args.objective} from {first:.4g} to {last:.4g} in {len(rows)} embedder epochs,",

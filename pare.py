@@ -68,7 +68,7 @@ class Gate(nn.Module):
         self.linear = nn.Linear(width, 1)
 
     def forward(self, tokens):
-        with torch.autocast(tokens.device.type, enabled=False):
+        with common.autocast_off(tokens):
             return self.linear(tokens.float()).squeeze(-1).sigmoid()  # (B, N)
 
 
@@ -150,6 +150,13 @@ def schedule(epoch, epochs, k_begin, k_end=0):
     return int(k_begin - (k_begin - k_end) * epoch / epochs)
 
 
+def limits(args, N, N_s):
+    """k0 and k_end as numbers of tokens, at most N_s. Raises UserError if k would rise."""
+    if args.k_end > args.k_begin:
+        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+    return [min(round(share * N), N_s) for share in (args.k_begin, args.k_end)]
+
+
 def gumbel(like):
     """Draws from Gumbel(0, 1): adding them to scores before a top-k makes it a random choice."""
     return -torch.log(-torch.log(torch.rand_like(like).clamp(1e-20, 1 - 1e-7)))
@@ -209,9 +216,7 @@ def main(args):
     net = PaRe(model, gate, predictor_s, args.temperature, args.gate_noise)
     source.embedder.to(device)
     N, N_s = embedder.tokens, source.tokens(source_set.shape)
-    k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
-    if k_end > k0:
-        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+    k0, k_end = limits(args, N, N_s)
     phase2 = released_phase2_begins(args, task.modality) if args.as_released else args.epochs  # P4, P5
     print(f"PaRe    k from {k0} to {schedule(args.epochs - 1, args.epochs, k0, k_end)} of {N} tokens, lambda = {args.ratio}")
 

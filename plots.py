@@ -11,7 +11,7 @@ SHOWN = 3  # samples in a picture
 REPLACED = "#d1495b"  # the colour of the source in docs/idea.png
 
 
-def subplots(rows, columns, width, height, **more):
+def subplots(rows, columns, width, height):
     """A figure without a window, and its axes (rows, columns)."""
     import matplotlib
 
@@ -19,7 +19,7 @@ def subplots(rows, columns, width, height, **more):
     import matplotlib.pyplot as plt
 
     size = (width * columns, height * rows)
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **more)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
 def png(figure):

@@ -10,8 +10,8 @@ anything is normalised. PDEs solved at the tiny scale have fewer points; an erro
     cosmic                  (n, 1, 129, 128), the sky level in the last row
     fsd50k                  (n, 2, 22050), a second of sound, and zeros where training mixes in noise
     ecg                     pieces of records that have mean 0 and standard deviation 1
-    openml<ID>              (n, F), the table without its label and the columns that the run left out; categories as numbers
-                            from 0 in the order of the file, beside which NaN stands for a missing value
+    openml<ID>              (n, F), the table without its label and the columns that the run left out; categories are numbers
+                            from 0 in the order of the file; NaN is a missing value
 
 predictions.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask
 (n, H, W); other fields in the units of the files. The run's folder is all that is needed: no data, no backbone.
@@ -89,7 +89,7 @@ def main(args):
     np.save(content, predictions)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(args.out), content.getvalue())
-    print(f"{args.out}: {data.size(predictions.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
+    print(f"{args.out}: {data.by_x(predictions.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
 
 
 if __name__ == "__main__":

@@ -163,9 +163,8 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
 
     measure(time.perf_counter())
     # ---- feature alignment
-    lr, weight_decay = data.of_one_batch(args, "recraft")
-    lr = args.embedder_lr or (lr if lr > 1e-3 else 10 * lr)  # ORCA's rule
-    optimizer = make_optimizer(embedder, replace(args, lr=lr, weight_decay=weight_decay))
+    of_embedder = data.of_embedder(args, "recraft")  # ORCA's rule: 10 times --lr
+    optimizer = make_optimizer(embedder, of_embedder)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
     for epoch in progress(range(args.align_epochs)):
         generator = torch.Generator().manual_seed(cli.stream("alignment", args.seed, epoch))
@@ -177,7 +176,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
     # ---- feature-label distortion
     trained = nn.ModuleList([embedder, h_s.requires_grad_(args.as_released)])  # R4: the released predictor trains along
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trained, replace(args, lr=args.label_lr, weight_decay=weight_decay))
+    optimizer = make_optimizer(trained, replace(of_embedder, lr=args.label_lr))
     pi, steps = None, -(-n // args.label_samples)
     for epoch in progress(range(args.label_epochs)):
         generator = torch.Generator().manual_seed(cli.stream("labels", args.seed, epoch))
@@ -194,7 +193,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
                 rate = 1.0 if pi is None else RATE
                 pi = rate * table(index) + (1 - rate) * (0 if pi is None else pi.detach())  # running mean of line 3
                 _, h_z_given, information = entropies(pi)
-                loss = -information if args.distortion == "mutual" else h_z_given  # line 4
+                loss = -information if args.distortion == "mutual" else h_z_given  # line 4: -I(Z; Z'), or H(Z | Z')
                 take_step(optimizer, parameters, loss / rate)  # the gradient goes through the batch alone: rescaled
         measure(start)
     h_s.requires_grad_(False)
@@ -241,8 +240,7 @@ def main(args):
         print(f"RECRAFT {right:.2f} of the source's labels are predicted; the most frequent one is {chance:.2f} of them")
         if right < chance + 0.1:
             print("        That is near chance: such predictions say little about target labels.")
-        progress = lambda epochs: run.progress(epochs, len(epochs), "stage 1")
-        rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress)
+        rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, run.progress)
         run.keep_stage1(rows, embedder=embedder)
         begin, end = rows[0], rows[-1]
         said = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in ("distance", "H(Z|Z')", "I(Z;Z')"))

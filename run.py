@@ -69,7 +69,7 @@ def processes():
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over the processes, on each. So is its derivative, which can be derived again."""
+    """The sum of a tensor over all processes. Its gradient is summed in the same way and can be differentiated again."""
 
     @staticmethod
     def forward(ctx, x):
@@ -124,23 +124,23 @@ def take_step(optimizer, parameters, loss):
     optimizer.zero_grad()
 
 
-def embed_all(embedder, split, index, chunk=128):
+def embed_all(embedder, split, index):
     """Samples `index` of a data.Split as one vector each, the mean over their tokens, with a gradient: (m,) -> (m, D)
 
-    Embedded `chunk` at a time; several chunks are recomputed in the backward pass, so that memory does not grow with m. Each
+    Embedded 128 at a time; several chunks are recomputed in the backward pass, so that memory does not grow with m. Each
     process embeds its part.
     """
 
     def embed(index):
         return embedder(split.inputs(index)).mean(1)  # (chunk, N, D) -> (chunk, D)
 
-    parts = shard(index).split(chunk)
+    parts = shard(index).split(128)
     parts = [checkpoint(embed, part, use_reentrant=False) if len(parts) > 1 else embed(part) for part in parts]
     return gather(torch.cat(parts), len(index))  # (m, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run keeping: processes, device, seeds, folder, checkpoints
+# The run: processes, device, seeds, folder, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +179,7 @@ def mean_loss(losses, split, step, epoch, args):
             samples = order[first + i].tolist()
             raise UserError(
                 f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, on training samples {samples[:8]}...\n"
-                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would meet it again."
+                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would fail again."
             )
     return sum(recent) / len(recent)
 
@@ -299,7 +299,7 @@ class Run:
             if self.tracker:
                 self.tracker.begin(self.folder, identity)
         if self.world > 1:
-            torch.distributed.barrier()  # nobody writes what a slower process would take for an earlier run
+            torch.distributed.barrier()  # a slower process must not mistake these files for an earlier run
             if not (self.folder / "args.json").exists():
                 raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
         processes = f", {self.world} processes" * (self.world > 1)
@@ -446,7 +446,7 @@ class Run:
         if not math.isfinite(row["val"]):
             raise UserError(
                 f"the error on validation is {row['val']} after epoch {epoch + 1}.\n"
-                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would meet it again."
+                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would fail again."
             )
         self.history.append({"epoch": epoch + 1, **row})
         self.seconds += row["seconds"]
@@ -543,7 +543,7 @@ class Run:
 
     @torch.no_grad()
     def draw_patches(self, split, score, ks):
-        """Write patches.png: the patches that are replaced, by `score`, x -> (n, N), as it is now. ks: epoch -> k."""
+        """Write patches.png: the patches replaced in each epoch of ks (epoch -> k), chosen by score(x) (n, N)."""
         if self.rank == 0 and max(ks.values()) > 0:
             x = self.first_inputs(split)
             title = f"{self.folder.name}: patches replaced by the source's"
@@ -563,7 +563,7 @@ class Run:
             )
         encoder.compile(dynamic=False)  # batches have one size: PaRe's 2 B, and B once k is 0
 
-    def progress(self, items, total, label):
+    def progress(self, items, total=None, label="stage 1"):
         """A progress bar, on the first process, if stderr is a terminal."""
         return tqdm(items, label, total, leave=False, disable=None if self.rank == 0 else True)
 

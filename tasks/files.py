@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import Missing, UserError
+from cli import Missing, UserError, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads
@@ -39,6 +39,14 @@ class Download:
     name: str | None = None  # its path in the data folder; None: the last part of the URL
     by_hand: str = ""  # another way to get it
     unpack: bool = False  # a zip that is read as a folder
+
+    @property
+    def file(self):
+        return self.name or self.url.rsplit("/", 1)[1]
+
+    @property
+    def is_archive(self):
+        return self.unpack or self.file.endswith((".tar", ".tar.gz"))
 
 
 NAS, DARUS = "https://pde-xd.s3.amazonaws.com", "https://darus.uni-stuttgart.de/api/access/datafile"
@@ -113,8 +121,7 @@ def find(data_dir, pattern):
 
 def present(download, data_dir):
     """True if all files of a download are in the folder. Patterns that begin with **/ are searched as deep as `locate`."""
-    file = Path(data_dir) / (download.name or download.url.rsplit("/", 1)[1])
-    if (download.unpack or file.name.endswith((".tar", ".tar.gz"))) and file.exists():
+    if download.is_archive and (Path(data_dir) / download.file).exists():
         return False  # an archive is removed once all of it is unpacked
 
     def found(pattern):
@@ -130,7 +137,7 @@ def fetch(download, data_dir):
     Raises UserError if the server does not answer or sends too little, or if the checksum is wrong.
     """
     data_dir = Path(data_dir)
-    path = data_dir / (download.name or download.url.rsplit("/", 1)[1])
+    path = data_dir / download.file
     path.parent.mkdir(parents=True, exist_ok=True)
     by_hand = f" ({download.by_hand})" * bool(download.by_hand)
     part = path.with_name(path.name + ".part")
@@ -173,7 +180,7 @@ def fetch(download, data_dir):
                 part.unlink()
                 raise UserError(f"{download.url} came with checksum {md5}, not {download.md5}.\nIt was removed; try again.")
         part.rename(path)
-    if download.unpack or path.name.endswith((".tar.gz", ".tar")):
+    if download.is_archive:
         try:
             if download.unpack:
                 with zipfile.ZipFile(path) as archive:
@@ -190,6 +197,11 @@ def fetch(download, data_dir):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading files
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def drawn(total, n, seed):
+    """The sorted numbers of n source samples out of `total`, drawn at random; all if n is None or larger."""
+    return np.sort(np.random.default_rng(stream("source samples", seed)).permutation(total)[:n])
 
 
 class Lazy:

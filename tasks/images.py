@@ -2,7 +2,7 @@
 
 A reader of a task takes (data_dir, cache) and returns (x, y) of training, (x, y) of test and the kind of data; a reader of a
 source takes (data_dir, n, seed) and returns x, y. Shapes: n samples, B batch, C channels, H W sizes, 2b x 2b the sphere's grid.
-torch is imported where it is used, so that `python data.py` answers at once; so in all rooms but pde.py.
+torch is imported only where it is used, in all of tasks/ except pde.py, so that `python data.py` starts quickly.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 from cli import Missing, UserError, stream
 from tasks.files import (
     check,
+    drawn,
     find,
     is_system_file,
     locate,
@@ -75,7 +76,7 @@ def read_cifar10(data_dir, n=None, seed=0):
 
 def subset(x, y, n, seed):
     """n of the samples, drawn at random; all if n is None or there are fewer."""
-    index = np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(y))[:n])
+    index = drawn(len(y), n, seed)
     return x[index], y[index]
 
 
@@ -177,7 +178,7 @@ def read_voc(data_dir, n, seed):
 
     listing = locate(data_dir, "VOC2012/ImageSets/Segmentation/train.txt")
     names, root = read_text(listing).split(), listing.parents[2]
-    names = [names[i] for i in np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(names))[:n])]
+    names = [names[i] for i in drawn(len(names), n, seed)]
     if not names:
         raise UserError(f"{listing} is empty.")
     x, y = np.empty((len(names), 3, 224, 224), np.uint8), np.empty((len(names), 128, 128), np.float32)

@@ -553,6 +553,10 @@ def main(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         print("pde.py: no GPU is available. Omit --device cuda.", file=sys.stderr)
         raise SystemExit(2)
+    for name in ("samples", "n"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            print(f"pde.py: --{name} {value} must be positive.", file=sys.stderr)
+            raise SystemExit(2)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"Solved on {where}, torch {torch.__version__}\n")
     print("| task | cells | solutions | seconds | full set | seconds for it |\n|---|---|---|---|---|---|")

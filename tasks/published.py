@@ -64,8 +64,8 @@ DENSE = dict(source="voc", k_begin=1000 / 3136, k_end=500 / 3136, mix_weight=0.3
 SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 source tokens, or all target tokens if there are fewer
 TEXT = dict(source="conll2003")
 
-OURS = dict(k_end=0.0, label_samples=128)  # in both scales, unless --as-released, which has these instead: P3, P6, O6
-RELEASED = dict(ratio="k/N", gate_noise=1.0, reg=0.1)
+OURS = dict(k_end=0.0, label_samples=128)  # both scales, unless --as-released, which keeps the recipe's values: P2, R5
+RELEASED = dict(ratio="k/N", gate_noise=1.0, reg=0.1)  # both scales, with --as-released: P3, P6, O6
 
 # published settings, full scale: task -> method -> recipe; OpenML tables below
 RECIPES = {
@@ -175,7 +175,7 @@ def openml(number):
 
 
 # The tiny scale has one recipe for each kind of task, the same for all methods: no method is tuned separately. An epoch is a
-# number of optimizer steps, however many samples there are: models learn from steps. docs/results.md shows the choice.
+# fixed number of optimizer steps, whatever the number of samples. docs/results.md explains the choice.
 TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20,
               max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, align_epochs=20,
               label_epochs=3, regularise_weight=0.5, n_train=10_000)  # fmt: skip

@@ -78,9 +78,9 @@ def read_ecg(data_dir, cache):
     return *splits, "official"
 
 
-def windows(signal, starts, groups, length=1000):
-    """Windows of one long signal, cut when they are needed: (n, 1, length)."""
-    return Lazy(len(starts), lambda rows, u: signal[starts[rows][:, None] + np.arange(length)][:, None], groups)
+def windows(signal, starts, groups):
+    """Windows of one long signal, cut when they are needed: (n, 1, 1000)."""
+    return Lazy(len(starts), lambda rows, u: signal[starts[rows][:, None] + np.arange(1000)][:, None], groups)
 
 
 def read_deepsea(data_dir, cache):
@@ -246,7 +246,7 @@ def mask_bands(spectrum, u):
     return spectrum
 
 
-def hear(x, u):
+def log_mel_image(x, u):
     """Sound and noise to log-mel images: (B, 2, 22050) -> (B, 1, 96, 102), the last column is zero.
 
     With draws u (B, 25) both are masked, and three quarters get (1 - a) sound + a noise in decibels, a uniform in [0, 0.5].

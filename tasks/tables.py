@@ -25,7 +25,7 @@ from tasks.scores import cross_entropy
 SKLEARN_COPIES = {61: "load_iris", 187: "load_wine", 1510: "load_breast_cancer", 28: "load_digits"}
 # iris: two values differ from OpenML's (samples 35 and 38); wine and wdbc: the same tables; optdigits: its test part, 1,797 of
 # 5,620 rows
-LARGEST = 2**29  # numbers in the array of a table: 2 GiB, and two to three times that while it is split
+TABLE_NUMBERS = 2**29  # numbers in the array of a table: 2 GiB, and two to three times that while it is split
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def read_arff(lines):
     at = 0  # number of the line
 
     def simplified():
-        """What the parser refuses or alters is put otherwise: dates are text, integers are numbers that may be infinite."""
+        """Rewrite what the parser rejects or changes: dates become text, integers become numbers that may be infinite."""
         nonlocal at
         place, header = itertools.count(), True
         for line in lines:
@@ -250,11 +250,11 @@ def read_table(number, data_dir):
 
 
 def check_size(number, name, categories, rows, columns):
-    """Raises UserError if a table with this column would have more than LARGEST numbers, one-hot."""
-    if (numbers := rows * (categories + 1) * columns) > LARGEST:
+    """Raises UserError if a table with this column would have more than TABLE_NUMBERS numbers, one-hot."""
+    if (numbers := rows * (categories + 1) * columns) > TABLE_NUMBERS:
         raise UserError(
             f"OpenML {number}: column {name} has {categories:,} categories, so {rows:,} rows of {columns:,} columns would take "
-            f"{numbers * 4 / 2**30:,.0f} GiB one-hot.\nAt most {LARGEST * 4 / 2**30:.0f} GiB are read: choose another table."
+            f"{numbers * 4 / 2**30:,.0f} GiB one-hot.\nAt most {TABLE_NUMBERS * 4 / 2**30:.0f} GiB are read: choose another."
         )
 
 

@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 
-from cli import Missing, UserError, stream
-from tasks.files import locate, read_text, reading
+from cli import Missing, UserError
+from tasks.files import drawn, locate, read_text, reading
 
 WORDS = 32  # in a sequence of the text sources
 
@@ -46,7 +46,7 @@ def read_conll(data_dir, n, seed, files, relative=False):
         best = max(here, key=lambda tag: (here[tag] / (count[tag] if relative else 1), tag)) if here else None
         pieces.append([line[0] for line in lines[i : i + WORDS]])
         labels.append(types.index(best) + 1 if here else 0)
-    chosen = np.sort(np.random.default_rng(stream("source samples", seed)).permutation(len(pieces))[:n])
+    chosen = drawn(len(pieces), n, seed)
     return [pieces[i] for i in chosen], np.array(labels)[chosen], len(types) + 1
 
 

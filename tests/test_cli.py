@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -71,13 +72,18 @@ def test_a_process_ends_with_exit_code_2_two_lines_and_no_import_that_takes_seco
     assert "torch" in imported and not imported & {"timm", "transformers", "sklearn", "matplotlib", "ot"}
 
 
-def test_a_forbidden_folder_costs_two_lines(capsys):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_forbidden_folder_costs_two_lines(capsys, number):
     def forbidden():
-        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")
+        raise OSError(number, os.strerror(number), "/somewhere")
 
     with pytest.raises(SystemExit) as stop:
         cli.guarded(forbidden)
-    assert stop.value.code == 2 and "/somewhere: Permission denied" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"/somewhere: {os.strerror(number)}.\nCheck its permissions" in capsys.readouterr().err
+
+
+def test_an_option_of_several_numbers_needs_one(script, tmp_path):
+    assert "--sigmas needs at least one number" in script("contrast.py", "--sigmas", out=tmp_path, code=2)
 
 
 def test_a_full_gpu_costs_two_lines_and_other_errors_are_shown(capsys):

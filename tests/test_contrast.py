@@ -71,13 +71,6 @@ def test_views_keep_mean_and_variance_of_a_channel_and_draw_all_scales():
     assert torch.equal(once, contrast.views(x, (0.1, 0.9), 2))
 
 
-def test_the_expanded_set_has_each_sample_with_each_noise():
-    x, y = torch.randn(6, 4), torch.arange(6)
-    found, labels = contrast.expand(x, y, (0.0, 0.3), 3)
-    assert found.shape == (6 * 2 * 3, 4) and torch.equal(labels, y.repeat(6))
-    assert torch.equal(found[:18], x.repeat(3, 1)) and not torch.isclose(found[18:], x.repeat(3, 1)).any()
-
-
 # ---- line 3: the loss
 
 

@@ -279,7 +279,7 @@ def test_nodes_and_edges_are_computed_once(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))  # what the model is built from is not taken from the run
     assert torch.equal(A, lsg.label_graph(t, 0.1)) and len(t) == 2 * P
-    assert "hardly what they mean" in capsys.readouterr().out
+    assert "hardly knows what the names mean" in capsys.readouterr().out
     files = set(tmp_path.glob("cache/*"))
     assert len(files) == 2
 

@@ -207,6 +207,8 @@ def test_the_released_schedule_and_its_second_phase():
 def test_k_does_not_rise(tmp_path):
     with pytest.raises(cli.UserError, match="k must fall"):
         here("pare", *SHORT, "--k-begin", 0.1, "--k-end", 0.5, out=tmp_path)
+    args = pare.Args(k_begin=0.9, k_end=0.5)
+    assert pare.limits(args, 64, 64) == [58, 32] and pare.limits(args, 512, 32) == [32, 32]  # at most N_s
 
 
 @pytest.mark.parametrize("source, same", [("voc", True), ("cifar10", False)])

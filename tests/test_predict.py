@@ -98,7 +98,7 @@ def test_answers_for_the_official_test_set_have_the_error_of_the_run(script, tmp
     said = script("predict.py", folder, tmp_path / "x.npy", out=tmp_path / "new/answers.npy", option="-o")
     answers = np.load(tmp_path / "new/answers.npy")
     _, found = load(folder)
-    assert answers.dtype == np.float32 and answers.shape == (len(x), *found.output) and data.size(answers.shape) in said
+    assert answers.dtype == np.float32 and answers.shape == (len(x), *found.output) and data.by_x(answers.shape) in said
     if found.target == "class":
         assert np.allclose(answers.sum(1), 1, atol=1e-6)
     if found.target != "field" or task == "cosmic":

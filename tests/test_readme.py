@@ -33,7 +33,7 @@ def test_a_task_of_ones_own_made_as_in_readme(script, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_answers_as_in_readme(tmp_path, monkeypatch):
-    text = README[README.index("### Using what was trained") :]
+    text = README[README.index("### Using a trained model") :]
     train, apply = (shlex.split(line)[1:] for line in re.search(r"```bash\n(.*?)```", text, re.S)[1].splitlines())
     here(*train, "--n-train", 16, "--batch-size", 8, "--epochs", 1, out=tmp_path / "runs")
     np.save(tmp_path / "x.npy", data.TASKS["satellite"].toy(9, seed=2)[0])

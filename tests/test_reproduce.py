@@ -131,7 +131,8 @@ def test_only_real_runs_of_the_same_options_and_scale_count_as_known(tmp_path, m
         ):  # fmt: skip
             writer.writerow(row | {"seed": seed, "data": kind, "scale": scale, "options": options})
     monkeypatch.setattr(reproduce, "start", lambda args, task, method, seed, *rest: started.append(seed) or True)
-    args = reproduce.Args(("cifar100",), ("naive",), 4, out_dir=str(tmp_path / "out"), known=str(known), options="--epochs 2")
+    twice = ("naive", "naive")  # the second is left out
+    args = reproduce.Args(("cifar100",), twice, 4, out_dir=str(tmp_path / "out"), known=str(known), options="--epochs 2")
     reproduce.main(args)
     assert sorted(started) == [1, 2, 3]
     assert [row["seed"] for row in reproduce.read_results(tmp_path / "out/results.csv")] == [0, 1]
@@ -157,6 +158,9 @@ def test_what_reproduce_refuses(tmp_path):
         ({"known": str(tmp_path / "text.csv")}, "text.csv is not a results.csv"),
         ({"methods": ("orka",)}, "unknown method 'orka'"),
         ({"options": '--source "cifar10'}, "No closing quotation"),
+        ({"options": "--epochs 2 --seed=5"}, "--options contains --seed, which this tool sets itself"),
+        ({"options": "--n_train 50"}, "--options contains --n-train"),
+        ({"known": str(tmp_path / "lost.csv")}, "lost.csv is missing"),
         ({"out_dir": str(tmp_path / "mine")}, "naive-tiny-swin-s0 was not started by this tool"),
     ):
         args = {"tasks": ("cifar100",), "methods": ("naive",), "seeds": 1, "out_dir": str(tmp_path / "out")} | changes

@@ -179,7 +179,7 @@ def test_thousands_of_categories_are_read_or_refused_by_size(tmp_path, monkeypat
     write(tmp_path, columns, [[f"w{i % 100 * 50}", i, "xy"[i % 2]] for i in range(200)])
     (x, _), *_ = read(tmp_path)
     assert x.shape == (180, 4951, 2) and (x[:, :, 0].sum(1) == 1).all()
-    monkeypatch.setattr(tables, "LARGEST", 200 * 5001 * 2 - 1)
+    monkeypatch.setattr(tables, "TABLE_NUMBERS", 200 * 5001 * 2 - 1)
     with pytest.raises(cli.UserError, match="column who has 5,000 categories, so 200 rows of 2 columns"):
         read(tmp_path)
 

@@ -532,6 +532,8 @@ def test_naive_as_released_starts_truncated(backbone, tmp_path):
     seen = recorded("finetune", backbone, tmp_path, *SETTING, "--as-released", "--epochs", 1)
     start = seen.net.embedder.project.weight
     assert start.std().item() == pytest.approx(0.02, rel=0.15) and start.abs().max() < 0.1
+    with pytest.raises(cli.UserError, match="Leave out --init random"):
+        here("finetune", "--as-released", "--init", "random", out=tmp_path)
 
 
 def test_evaluation_is_repeatable_and_training_is_not(naive_run):

@@ -8,8 +8,8 @@
     python tools/bench.py profile     the ten largest operations of a training step, and how long the device waits
     python tools/bench.py meta        a step of MoNA's stage 1, by finite differences and exact, against a fine-tuning step
 
-Except in `curve` and `data`, each candidate runs in a new process. The candidates take turns, so that neither memory use nor
-other jobs on the machine favour one of them.
+`curve`, `data` and `profile` run in this process. Elsewhere each candidate runs in a new one. The candidates take turns, so
+that neither memory use nor other jobs on the machine favour one of them.
 """
 
 import itertools
@@ -41,7 +41,7 @@ import finetune
 import mona
 import orca
 import pare
-from run import embed_all, make_optimizer
+from run import choose_device, embed_all, make_optimizer
 from tasks import images
 
 matplotlib.use("Agg")
@@ -119,7 +119,7 @@ def one_step(operator):
 
     Returns: seconds (median), additional memory in MB.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     torch.manual_seed(0)
     scores = [torch.rand(B, N, device=device, requires_grad=True) for _ in range(2)]
     weights = torch.randn(B, N, device=device)
@@ -129,8 +129,7 @@ def one_step(operator):
         for s, k in zip(scores, (K, N - K), strict=True):
             s.grad = None
             (OPERATORS[operator](s, k) * weights).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
 
     times, before = [], peak()
     for _ in range(20 if fast else 1):
@@ -140,10 +139,16 @@ def one_step(operator):
     return statistics.median(times), peak() - before
 
 
+def wait():
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def new_processes():
     """A context for processes that begin with the libraries imported, and nothing else of this one.
 
-    Without a GPU, a copy of this process will do: it computes nothing before it has started the last one.
+    Without a GPU, forking this process is enough: it computes nothing before the last one has started.
     """
     if not torch.cuda.is_available() and "fork" in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("fork")
@@ -256,7 +261,7 @@ def one_distance(name, n, D):
 
     Returns: seconds (median), value, gradient (m, D).
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     x_s, y_s, x_t, y_t = clouds(n, D, device)
     x_t.requires_grad_()
     common.otdd(x_s[:20], y_s[:20], x_t, y_t)  # not timed: imports POT
@@ -315,10 +320,10 @@ def one_meta_step(way, backbone, B):
 
     Returns: seconds (median), memory in MB in addition to the model and its data.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     torch.manual_seed(0)
     source = common.load_source(backbone)
-    embedder = common.Embedder2d(3, source.token_width, source.size)
+    embedder = common.make_embedder((3, 60, 60), source, "random")
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 100)).to(device)
     source.embedder.to(device)
     x, y, x_s, y_s = (t.to(device) for t in (torch.randn(B, 3, 60, 60), torch.arange(B) % 100, torch.randn(B, 3, 32, 32),
@@ -340,8 +345,7 @@ def one_meta_step(way, backbone, B):
                 parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times), peak() - before
 
@@ -437,7 +441,7 @@ def build(method, scale, have, device, mix=one_by_one):
     for module in source.encoder.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = "fused attention" in have
-    embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
+    embedder = common.make_embedder((3, 60, 60), source, "copy")
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 100)).to(device)
     source.embedder.to(device)
     if "compile" in have:
@@ -446,7 +450,7 @@ def build(method, scale, have, device, mix=one_by_one):
     if method == "pare":
         net = pare.PaRe(model, pare.Gate(source.token_width), common.ClassPredictor(source.feature_width, 200)).to(device)
         k = round(args.k_begin / 2 * embedder.tokens)
-        k = min(k, source.embedder(torch.zeros(1, 3, 64, 64, device=device)).shape[1])
+        k = min(k, source.tokens((3, 64, 64)))
     else:
         net = nn.ModuleList([embedder, model.predictor]) if method == "mona" else model
     optimizer = make_optimizer(net, args)
@@ -503,8 +507,7 @@ def most_arithmetic(device, dtype):
     for _ in range(8):
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
 
@@ -515,7 +518,7 @@ def one_rung(method, scale, have, batch_size, timed, workers):
     Returns: batch size, seconds per step, memory in MB in addition to the imports, operations per step, the peak of the machine
         in operations per second in the same precision.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     on_device, warm = "data on the device" in have, 3
     splits = make_splits(method, device if on_device else "cpu")
     before = peak()
@@ -549,11 +552,11 @@ def one_alignment(way, scale, timed):
 
     Returns: samples per embedder epoch, seconds per embedder epoch (median), memory in MB in addition to the imports.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     args = data.complete(orca.Args(scale=scale, backbone="tiny-swin" if scale == "tiny" else "random:swin_base"), "orca", scale)
     train, source_set = (make_splits("orca", device, n, 10)[side] for side, n in ((0, 2048), (1, args.source_samples)))
     source = common.load_source(args.backbone)
-    embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy").to(device)
+    embedder = common.make_embedder((3, 60, 60), source, "copy").to(device)
     source.embedder.to(device)
     everything, before = torch.arange(len(source_set), device=device), peak()
     with torch.no_grad():
@@ -573,8 +576,7 @@ def one_alignment(way, scale, timed):
             (0.1 * plain_otdd(u_s, source_set.y, u_t, torch.zeros(len(u_t), dtype=torch.long, device=device))).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return 10 * args.max_samples, statistics.median(times), peak() - before
 
@@ -626,7 +628,7 @@ def curve(args):
     Rounding errors alone make two runs diverge, because they change which patches are selected. To show how far, the reference
     path is repeated from weights with a relative perturbation of 1e-6.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     train = data.load("spherical", args.data_dir, Path(args.out).parent / "runs/cache", "tiny", 5000, 0, device).train
     source_set = data.load_proxy("tiny_imagenet", args.data_dir, "tiny", 5000, 0, device)
     n, losses = args.steps or 200, {}
@@ -670,7 +672,7 @@ def curve(args):
 
 def loading(args):
     """Time loading batches of 32 images of PaRe's source (random crops), and the projection onto the sphere."""
-    device, n = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 40
+    (device, _), n = choose_device(), 40
     times = {
         name: [] for name in ("load: DataLoader", "load: data on the device", "project: one by one", "project: 500 at once")
     }
@@ -678,8 +680,7 @@ def loading(args):
     def take(name, count, work):
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times[name].append(count / (time.perf_counter() - start))
 
     on_cpu, on_device = make_splits("pare", "cpu")[1], make_splits("pare", device)[1]
@@ -701,7 +702,7 @@ def loading(args):
 
 def profile(args, steps=3):
     """Print the largest operations of a step of each method as its file runs it, and the time in which the device waits."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = choose_device()
     have = ("data on the device", "stacked pass", "finite difference") + ("bf16",) * (device.type == "cuda")
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -715,8 +716,7 @@ def profile(args, steps=3):
             start = time.perf_counter()
             for _ in range(steps):
                 step(*itertools.chain(*next(batches)))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
             wall = 1e3 * (time.perf_counter() - start) / steps
         rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, own))
         busy = sum(getattr(row, own) for row in rows) / 1e3 / steps

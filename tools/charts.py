@@ -1,6 +1,6 @@
 """Tables and charts of errors: from results.csv, or from the folders of finished runs.
 
-Of the results.csv of tools/reproduce.py, one for each set of options; those of docs/ will do:
+From the results.csv of tools/reproduce.py, one for each set of options, for example those in docs/:
 
     python tools/charts.py table CSV...           methods and tasks, as in README
     python tools/charts.py details CSV...         variants (tools/variants.py), each beside its method
@@ -8,12 +8,12 @@ Of the results.csv of tools/reproduce.py, one for each set of options; those of 
     python tools/charts.py sizes CSV...           error against the number of training samples
     python tools/charts.py compute CSV...         error against the batches that a run encodes
 
-Of finished runs:
+From finished runs:
 
     python tools/charts.py curves RUN...          training loss and validation metric over the epochs
     python tools/charts.py budget RUN...          validation metric over the optimizer steps, a panel for each task
 
-Of all runs of a task in the --out-dir of tools/reproduce.py:
+From all runs of a task in the --out-dir of tools/reproduce.py:
 
     python tools/charts.py gate                   figure 5 of PaRe: gate against random selection
     python tools/charts.py ablation               ORCA: embedder epochs, source, frozen parts, as in "What explains ..."

@@ -351,7 +351,7 @@ def pairs_of(run, n):
 def token_numbers(run):
     """The number N of target tokens and the largest k, which is limited by the number of source tokens."""
     N = run.model.embedder.tokens
-    return N, min(N, run.source.embedder(run.source_set.inputs(torch.zeros(1, dtype=torch.long))).shape[1])
+    return N, min(N, run.source.tokens(run.source_set.shape))
 
 
 def path(args, n=500, classes=10):

@@ -47,7 +47,7 @@ swin="--backbone random:swin_base" samples="1000 5000" meta="--backbone random:s
 pretrain="--size 64 --width 96 --depths 2 2 6 --window 4 --epochs 60 --batch-size 512"
 if [[ -n $smallest ]]; then
   tests=(-n 2 --dist load -k "not resumes or pare") full="--scale tiny --steps 1 --batch-size 4 --workers 1" samples="100" meta="--batch-size 2" swin="--backbone tiny-swin"
-  few="--rounds 1 --changes none" run="--scale tiny --n-train 64 --epochs 1 --steps-per-epoch 2"
+  few="--rounds 1 --changes" run="--scale tiny --n-train 64 --epochs 1 --steps-per-epoch 2"
   pretrain="--size 16 --width 32 --depths 1 1 --window 2 --epochs 1 --batch-size 100 --n-train 1000 --no-compile"
 fi
 

@@ -1,4 +1,4 @@
-"""What a text encoder knows of the 100 class names of CIFAR-100: do near names lie in the same of its 20 superclasses?
+"""Does a text encoder place the names of CIFAR-100 classes of one superclass close together? There are 20 superclasses.
 
     python tools/names.py                                a table in Markdown, of tiny-roberta
     python tools/names.py tiny-roberta path/to/folder    of these encoders; a folder is one saved by transformers

@@ -107,6 +107,15 @@ class Text:
     """torch.compile; needs a C++ compiler on the CPU"""
 
 
+def make_training(model, args, total, warmup, **more):
+    """AdamW with weight decay on matrices only; linear warm-up, then cosine decay to 0 after `total` steps."""
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
+              for matrix in (True, False)]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True, **more)
+    decay = lambda t: 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / max(1, total - warmup))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / max(1, warmup), decay(t)))
+
+
 def keep(path, args, model, optimizer, schedule, done, seconds):
     """Write what `resume` needs: the state after `done` epochs or steps, which took `seconds`."""
     state = {"args": asdict(args), "done": done, "seconds": seconds}
@@ -185,18 +194,11 @@ def images(args):
                         depths=args.depths, num_heads=heads, num_classes=200, drop_path_rate=0.0)  # fmt: skip
     model = backbones.build_swin(**architecture).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
-              for matrix in (True, False)]  # fmt: skip
     steps = len(train) // args.batch_size
     if not steps:
         raise cli.UserError(f"{len(train)} images do not fill a batch of {args.batch_size}.\nLower --batch-size.")
     total = args.epochs * steps
-    warmup = min(3 * steps, total // 2)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: min((t + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / (total - warmup))),
-    )
+    optimizer, schedule = make_training(model, args, total, min(3 * steps, total // 2))
     forward = torch.compile(model) if args.compile else model
 
     @torch.no_grad()
@@ -415,14 +417,7 @@ def text(args):
     look_at_neighbours(model.roberta)
     model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
-              for matrix in (True, False)]  # fmt: skip
-    warmup = max(1, args.steps // 20)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: min((t + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, t - warmup) / max(1, args.steps - warmup))),
-    )
+    optimizer, schedule = make_training(model, args, args.steps, max(1, args.steps // 20), betas=(0.9, 0.98))
 
     def logits(model, seen, places, offset):
         """Logits at the hidden tokens; the sequences start at position `offset`. seen (B, T) -> (B * M, V)"""

@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -50,6 +51,8 @@ PRELOAD = ("pare", "orca", "mona", "recraft", "contrast", "lsg", "finetune", "ti
            "tools.reproduce")  # fmt: skip
 COLUMNS = ("task", "method", "seed", "test", "test_last", "val", "metric", "data", "scale", "backbone", "source", "lr",
            "epochs", "steps", "best_epoch", "n_train", "seconds", "device", "torch", "commit", "options")  # fmt: skip
+
+OWN = {"--task", "--scale", "--seed", "--data-dir", "--out-dir", "--n-train", "--resume"}  # options that `start` sets
 
 # Published at full scale in the ORCA, MoNA and PaRe papers. 0-1 errors (cifar100, spherical, ninapro, satellite) are fractions.
 PUBLISHED_METHODS = ("naive", "orca", "mona", "pare")
@@ -77,8 +80,8 @@ class Args:
     """number of seeds, from seed 0. 0: only the tables of the finished runs"""
     n_train: int | None = None
     """training samples of each run. Default: the recipe of the task"""
-    scale: str = "tiny"
-    """tiny, full or auto"""
+    scale: Literal["tiny", "full", "auto"] = "tiny"
+    """auto: full on a GPU"""
     data_dir: str = "datasets"
     """folder with the official files"""
     out_dir: str = "runs"
@@ -163,6 +166,9 @@ def start(args, task, method, seed, device, context):
         if process.exitcode:
             print(f"{task} {method} seed {seed} failed:\n{log.read_text()[-2000:]}", file=sys.stderr)
             return False
+    if method in REFERENCES and not (work[-1] / "result.json").exists():
+        print(f"{task} {method}: left out, this reference does not fit the task", file=sys.stderr, flush=True)
+        return True
     print(f"{task} {method} seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return True
 
@@ -217,7 +223,7 @@ def collect(out_dir, known=""):
     rows = {}
     note = Path(out_dir) / "options.json"
     chosen = json.loads(note.read_text()) if note.exists() else {}
-    if known and Path(known).exists():
+    if known:
         same = lambda row, of: (row["options"], row["scale"]) == (options_of(of), of["scale"])
         rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)
                 if row["task"] not in chosen or same(row, chosen[row["task"]])}  # fmt: skip
@@ -373,10 +379,13 @@ def main(args):
     if "-" in Path(args.out_dir).name and Path(args.out_dir).name in METHODS:
         raise cli.UserError(f"--out-dir {args.out_dir} has the name of a variant, whose runs these would be.\nGive another.")
     try:
-        shlex.split(args.options)
+        words = shlex.split(args.options)
     except ValueError as error:
         raise cli.UserError(f"--options {args.options!r}: {cli.reason(error)}.\nClose its quotes.") from error
-    args = replace(args, scale=("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale)
+    if taken := OWN & {word.partition("=")[0].replace("_", "-") for word in words}:
+        raise cli.UserError(f"--options contains {min(taken)}, which this tool sets itself.\nLeave it out.")
+    scale = ("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale
+    args = replace(args, scale=scale, tasks=tuple(dict.fromkeys(args.tasks)), methods=tuple(dict.fromkeys(args.methods)))
     if args.seeds:
         same_options(args)
     # without fork (Windows), each run imports everything itself

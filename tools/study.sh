@@ -10,8 +10,10 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
 run() { # NAME of the study ("", -1000, -2000), options of reproduce.py
-  python tools/reproduce.py --seeds 3 --data-dir "$data" --out-dir "$runs$1" --known "docs/results$1.csv" "${@:2}" || failed=1
-  cp "$runs$1/results.csv" "docs/results$1.csv"
+  local rows=docs/results$1.csv known=()
+  if [[ -e $rows ]]; then known=(--known "$rows"); fi
+  python tools/reproduce.py --seeds 3 --data-dir "$data" --out-dir "$runs$1" "${known[@]}" "${@:2}" || failed=1
+  cp "$runs$1/results.csv" "$rows"
 }
 
 methods=(naive orca mona scratch recraft pare warmup frozen lora norms)
