@@ -266,7 +266,7 @@ def main(args):
         run.compile(model.encoder)
 
     # ---- contrast: source predictor; scores of the source; stage 1, the embedder alone
-    shared = task.target == source_set.target == "field"  # as in PaRe
+    shared = task.target == source_set.target == "field" and len(train.output) == 2  # as in PaRe
     predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
     net = Replacement(model, predictor_s, args.scores, source.token_width)
     N, N_s = embedder.tokens, source.tokens(source_set.shape)

@@ -567,7 +567,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
     """
     proxy, data_dir = PROXIES[name], Path(data_dir)
     try:
-        x, y, *count = proxy.read(data_dir, n, seed)
+        x, y, *count = proxy.read(data_dir, n, seed, *[tokenizer] * (proxy.modality == "1d"))
         kind, classes = "official", None if proxy.target == "field" else [*proxy.output, *count][-1]
     except Missing as missing:
         advice = f"`python data.py --prepare {name} --data-dir {data_dir}` downloads the files."

@@ -210,7 +210,8 @@ def main(args):
         run.compile(model.encoder)
 
     # ---- PaRe: gate and source predictor; the source embedder stays frozen, outside of what trains
-    shared = task.target == source_set.target == "field"  # fields and masks share one predictor, as in the official code
+    # fields and masks share one predictor, as in the official code
+    shared = task.target == source_set.target == "field" and len(train.output) == 2
     predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
     gate = Gate(source.token_width)
     net = PaRe(model, gate, predictor_s, args.temperature, args.gate_noise)

@@ -142,7 +142,8 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         h_s: the source predictor. u_s (n, D): the embedded source.
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
         args: the options. progress: wraps the epochs.
-    Returns: a row for each epoch, the first before any step: distance, H(Z), H(Z|Z'), I(Z;Z') of a fixed sample, seconds.
+    Returns: a row for each epoch, the first before any step: distance, H(Z), H(Z|Z'), I(Z;Z') of a fixed sample, the mean of
+        I(Z;Z') for labels of other samples, which is the bias of so few samples, and seconds.
     """
     parameters, classes, n = list(embedder.parameters()), int(y_t.max()) + 1, len(train)
     y_t, one_class = y_t.cpu(), lambda u: torch.zeros(len(u), dtype=torch.long, device=u.device)
@@ -155,8 +156,10 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
 
     def measure(start):
         with torch.no_grad():
-            found = distance(embed_all(embedder, train, fixed)), *entropies(table(fixed))
-        row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')"), (value.item() for value in found), strict=True))
+            p, y = predict(fixed), y_t[fixed].to(u_s.device)  # (m, K_s), (m,)
+            chance = [entropies(joint_table(p, y.roll(i), classes))[2] for i in range(1, 11)]
+            found = distance(embed_all(embedder, train, fixed)), *entropies(joint_table(p, y, classes)), sum(chance) / len(chance)
+        row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"), map(float, found), strict=True))
         if not all(math.isfinite(value) for value in row.values()):
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")
         rows.append({"epoch": len(rows), **row, "seconds": time.perf_counter() - start})
@@ -243,7 +246,7 @@ def main(args):
         rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, run.progress)
         run.keep_stage1(rows, embedder=embedder)
         begin, end = rows[0], rows[-1]
-        said = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in ("distance", "H(Z|Z')", "I(Z;Z')"))
+        said = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in list(begin)[1:-1])
         print(f"RECRAFT {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
     if args.freeze_embedder:
         embedder.requires_grad_(False)

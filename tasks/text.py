@@ -1,5 +1,7 @@
 """Text: CoNLL-2003 and CoNLL-2000, the sources of 1D tasks."""
 
+import functools
+import itertools
 import zipfile
 from collections import Counter
 
@@ -8,15 +10,16 @@ import numpy as np
 from cli import Missing, UserError
 from tasks.files import drawn, locate, read_text, reading
 
-WORDS = 32  # in a sequence of the text sources
+WORDS = 32  # in a piece of text; as many tokens of it are read
 
 
-def read_conll(data_dir, n, seed, files, relative=False):
+def read_conll(data_dir, n, seed, tokenizer, files, relative=False):
     """Text in pieces of 32 words, [[str]], and the label of each (n,): the type that most of its words have, 0 if none.
 
-    Columns: the word first, its tag last (B-PER, I-PER, O); empty lines separate sentences. Types of fewer than 100 chunks
-    count as none. `relative`: the type that is most frequent relative to its share of the whole text, since in CoNLL-2000 noun
-    phrases are the majority of 99 % of the pieces.
+    A model reads 32 tokens, which are fewer words: only those that are read to their end count for the label. Columns: the word
+    first, its tag last (B-PER, I-PER, O); empty lines separate sentences. Types of fewer than 100 chunks count as none.
+    `relative`: the type that is most frequent relative to its share of the whole text, since in CoNLL-2000 noun phrases are the
+    majority of 99 % of the pieces.
 
     Returns: the pieces, their labels, the number of labels.
     """
@@ -40,22 +43,23 @@ def read_conll(data_dir, n, seed, files, relative=False):
     types = sorted(tag for tag in count if tag and count[tag] >= 100)
     if len(lines) < WORDS or not types:
         raise UserError(f"{path}: {len(lines)} words with the tags {sorted(count)}; expected words with B- and I- tags, or O.")
+    tokens = functools.cache(lambda word: len(tokenizer([word])))
     pieces, labels = [], []
-    for i in range(0, len(lines) - WORDS + 1, WORDS):
-        here = Counter(tag for tag in tags[i : i + WORDS] if tag in types)
-        best = max(here, key=lambda tag: (here[tag] / (count[tag] if relative else 1), tag)) if here else None
+    for i in WORDS * drawn(len(lines) // WORDS, n, seed):
         pieces.append([line[0] for line in lines[i : i + WORDS]])
+        ends = itertools.accumulate(map(tokens, pieces[-1]))  # the token after each word
+        here = Counter(tag for tag, end in zip(tags[i : i + WORDS], ends, strict=True) if tag in types and end <= WORDS)
+        best = max(here, key=lambda tag: (here[tag] / (count[tag] if relative else 1), tag)) if here else None
         labels.append(types.index(best) + 1 if here else 0)
-    chosen = drawn(len(pieces), n, seed)
-    return [pieces[i] for i in chosen], np.array(labels)[chosen], len(types) + 1
+    return pieces, np.array(labels), len(types) + 1
 
 
-def read_conll2003(data_dir, n, seed):
-    return read_conll(data_dir, n, seed, ("conll2003/train.txt", "eng.train"))
+def read_conll2003(data_dir, n, seed, tokenizer):
+    return read_conll(data_dir, n, seed, tokenizer, ("conll2003/train.txt", "eng.train"))
 
 
-def read_conll2000(data_dir, n, seed):
-    return read_conll(data_dir, n, seed, ("conll2000/train.txt", "conll2000.zip"), relative=True)
+def read_conll2000(data_dir, n, seed, tokenizer):
+    return read_conll(data_dir, n, seed, tokenizer, ("conll2000/train.txt", "conll2000.zip"), relative=True)
 
 
 def token_ids(pieces, tokenizer):

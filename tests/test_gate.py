@@ -385,7 +385,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, encoding):
     with zipfile.ZipFile(tmp_path / "conll2000.zip", "w") as archive:
         archive.writestr("conll2000/train.txt", CONLL.encode(encoding))
     for read in (text.read_conll2003, text.read_conll2000):
-        pieces, labels, count = read(tmp_path, None, 0)
+        pieces, labels, count = read(tmp_path, None, 0, list)  # a token for each word
         assert pieces[0][:3] == ["w0", "w1", "w2"] and len(pieces) == 20 and count == 2 and labels.all()
     (tmp_path / "list.txt").write_text("a\nb", encoding=encoding)
     assert files.read_text(tmp_path / "list.txt") == "a\nb"
@@ -399,7 +399,7 @@ def test_text_in_another_encoding_is_called_so(tmp_path):
         (tmp_path / "conll2003/train.txt").write_text("é x x B-PER\n" * 99, encoding=encoding)
         for read in (text.read_conll2003, text.read_conll2000):
             with pytest.raises(UserError, match="is not UTF-8 text.*\nSave it as UTF-8"):
-                read(tmp_path, None, 0)
+                read(tmp_path, None, 0, list)
 
 
 def jpeg():

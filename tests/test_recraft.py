@@ -126,6 +126,12 @@ def test_stage_1_by_a_plain_loop():
     torch.manual_seed(0)
     _, _, mine = nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 4), Embedder()
     assert torch.equal(mine.project.weight, embedder.project.weight)
+    sample = torch.randperm(240, generator=torch.Generator().manual_seed(recraft.cli.stream("measured", 0)))
+    p = h_s(encoder(mine(train.x[sample])[:, 0])).softmax(1).detach()
+    others = []  # I of labels that belong to other samples
+    for i in range(1, 11):
+        pi = torch.stack([p[y[sample].roll(i) == c].sum(0) for c in range(6)]) / 240
+        others.append((pi * (pi / (pi.sum(1, keepdim=True) * pi.sum(0, keepdim=True))).log()).sum().item())
     found = recraft.learn_embedder(embedder, features, h_s, u_s, train, y, args)
     sgd = lambda lr: torch.optim.SGD(mine.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
     optimizer = sgd(2e-3)
@@ -152,6 +158,7 @@ def test_stage_1_by_a_plain_loop():
     assert torch.allclose(embedder.project.weight, mine.project.weight, atol=1e-6)
     assert [row["epoch"] for row in found] == [0, 1, 2, 3] and found[2]["distance"] < found[0]["distance"]
     assert found[0]["I(Z;Z')"] == pytest.approx(found[0]["H(Z)"] - found[0]["H(Z|Z')"], abs=1e-6)
+    assert found[0]["I, other labels"] == pytest.approx(sum(others) / 10, abs=1e-6) and others[0] < found[0]["I(Z;Z')"]
 
 
 def test_entropy_collapses_and_mutual_information_does_not():
@@ -229,7 +236,7 @@ def test_recraft_trains_the_embedder_only_and_keeps_it(script, tmp_path):
     folder = tmp_path / "spherical-recraft-tiny-swin-s0-toy"
     lines = rows(folder)
     assert "of the source's labels are predicted" in said and [row.get("stage") for row in lines] == [1, 1, 1, 1, None]
-    assert set(lines[0]) == {"stage", "epoch", "distance", "H(Z)", "H(Z|Z')", "I(Z;Z')"}
+    assert set(lines[0]) == {"stage", "epoch", "distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"}
     assert lines[2]["distance"] < lines[0]["distance"]
     kept, source = load_file(folder / "stage1.safetensors"), common.load_source("tiny-swin")
     assert kept.keys() == {f"embedder.{k}" for k in source.embedder.state_dict()}

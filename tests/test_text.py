@@ -35,12 +35,23 @@ def test_conll2003_is_cut_into_32_words_with_the_type_that_most_have(tmp_path):
     assert len(few) == 7
 
 
+def test_the_label_is_that_of_the_words_that_are_read_to_their_end(tmp_path):
+    (tmp_path / "conll2003").mkdir()
+    tags = ["B-PER"] + ["O"] * 14 + ["B-LOC", "B-LOC"] + ["B-LOC"] * 15  # LOC from the 16th word on
+    words = ["ab"] * 15 + ["abc"] + ["ab"] * 16  # 32 tokens end within the 16th word
+    (tmp_path / "conll2003/train.txt").write_text("\n".join(f"{w} x x {t}" for w, t in zip(words, tags, strict=True)) + "\n")
+    lines = (tmp_path / "conll2003/train.txt").read_text() * 100
+    (tmp_path / "conll2003/train.txt").write_text(lines)
+    source = data.load_proxy("conll2003", tmp_path, "full", tokenizer=Tokenizer())
+    assert source.classes == 3 and source.y.tolist() == [2] * 100  # PER, though LOC has more words
+
+
 def test_a_part_of_the_text_is_drawn_with_its_labels(tmp_path):
     (tmp_path / "conll2003").mkdir()
     tags = ("LOC", "PER", "ORG")
     lines = [f"w{piece} NN I-NP B-{tags[piece % 3]}" for piece in range(300) for _ in range(32)]
     (tmp_path / "conll2003/train.txt").write_text("\n".join(lines))
-    pieces, labels, _ = text.read_conll2003(tmp_path, 20, 1)
+    pieces, labels, _ = text.read_conll2003(tmp_path, 20, 1, Tokenizer())
     numbers = [int(piece[0][1:]) for piece in pieces]
     assert [tags[n % 3] for n in numbers] == [sorted(tags)[label - 1] for label in labels] and numbers != list(range(20))
 
@@ -70,7 +81,9 @@ def test_text_whose_chunks_begin_with_b_only_inside_runs_is_read_alike(tmp_path)
     for name, lines in (("new", new), ("old", old)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "eng.train").write_text("\n".join(lines))
-    (x, y, n), (x_old, y_old, n_old) = (text.read_conll(tmp_path / name, 99, 0, ("eng.train",)) for name in ("new", "old"))
+    (x, y, n), (x_old, y_old, n_old) = (
+        text.read_conll(tmp_path / name, 99, 0, Tokenizer(), ("eng.train",)) for name in ("new", "old")
+    )
     assert x == x_old and (y == y_old).all() and n == n_old == 4
 
 
