@@ -20,7 +20,7 @@ POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", 
             "contrast_samples", "noise_steps", "rank", "alpha", "classes_per_problem", "source_samples", "gcn_steps",
             "jobs", "rounds", "steps", "save_every", "size", "window", "width", "layers", "heads", "length",
             "vocabulary")  # fmt: skip
-LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
+LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32 - 1, "gate_noise": 1e3, "clip": 1e9, "weight_decay": 1e6, "warmup_share": 1,
            "embedder_epochs": 1e6, "meta_epochs": 1e6, "align_epochs": 1e6, "label_epochs": 1e6, "contrast_epochs": 1e6,
            "reg": 1e9, "lambda_": 1e9, "sigmas": 1, "momentum": 1, "dropout": 1, "mix_weight": 1e6, "warmup_epochs": 1e6,
            "align_weight": 1e6, "regularise_weight": 1e6, "edge_ratio": 1, "seeds": 1e6, "workers": 1024, "mask": 1,
@@ -130,6 +130,8 @@ def command_line(Args, doc, check_task=None):
             for number in value if isinstance(value, tuple) else (value or 0,):
                 if not 0 <= number <= most:
                     raise UserError(f"--{option(name)} {number} must lie between 0 and {most:g}.")
+        if empty := [name for name in ("data_dir", "out_dir") if getattr(args, name, None) == ""]:
+            raise UserError(f"--{option(empty[0])} is empty.\nGive a folder; . is the current one.")
         home = {k: os.path.expanduser(v) for k, v in vars(args).items() if isinstance(v, str) and v.startswith("~")}
         return replace(args, **home)
 
@@ -159,12 +161,15 @@ def guarded(main, *args):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint."
+        message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint; stage 1: fewer samples."
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT):
             message = f"{error.filename}: {error.strerror}.\nCheck its permissions, or give another path."
+        elif error.errno == errno.EPIPE:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed goes nowhere
+            raise SystemExit(141) from None
         else:
             raise
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -156,6 +156,7 @@ def printed_loss(z, y, correlations):
     return -torch.log(over_class((cosines * same).sum(1)) / over_class((cosines * lam).sum(1))).mean()
 
 
+@torch.compiler.set_stance("force_eager")  # batches of other sizes: --compile is for stage 2
 def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     """Stage 1: trains `embedder`, and nothing else (lines 1 to 4).
 
@@ -278,7 +279,7 @@ def main(args):
         parts = torch.arange(len(source_set), device=device).split(64)
         with run.autocast(), torch.no_grad():
             scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])
-    x = train.inputs(torch.arange(min(64, len(train)), device=device))  # to look at
+    x = train.inputs(torch.arange(min(64, train.chunk, len(train)), device=device))  # to look at
     if args.contrast_epochs > 0 and not run.restore_stage1(embedder=embedder):
         model.encoder.eval()
         deep = (args.features or ("embedder" if args.as_printed else "encoder")) == "encoder"

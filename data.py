@@ -18,7 +18,6 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,15 +25,15 @@ from typing import Literal
 import numpy as np
 
 from cli import Missing, UserError, command_line, guarded, stream
-from tasks import fields, images, published, scores, signals, tables, text, toys
-from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, kept, locate, numbers, present, read_npy
+from tasks import fields, files, images, published, scores, signals, tables, text, toys
+from tasks.files import DOWNLOADS, NINAPRO, Lazy, check, fetch, kept, locate, numbers, present, read_npy, replacing
 from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
 # Includes what the reader of a task of your own needs (README, "Your own data")
 __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "find_task", "kept", "load",
-           "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav"]  # fmt: skip
+           "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav", "replacing"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of tasks
@@ -344,7 +343,7 @@ class Split:
     def lazy(self):
         return isinstance(self.x, Lazy) or isinstance(self.y, Lazy)
 
-    def _rows(self, part, index, u=None):
+    def rows(self, part, index, u=None):
         if not isinstance(part, Lazy):
             return part[index]
         import torch
@@ -367,11 +366,11 @@ class Split:
 
         Augmented by the draws u (B, draws) if there are any.
         """
-        return self._prepare(self._rows(self.x, index, u), u)
+        return self._prepare(self.rows(self.x, index, u), u)
 
     def targets(self, index):
         """y of the samples `index`: (B,) classes, (B, K) labels, (B, *output) fields."""
-        return self._rows(self.y, index)
+        return self.rows(self.y, index)
 
     @property
     def chunk(self):
@@ -414,17 +413,15 @@ class Split:
         """
         here = "cpu" if self.lazy else self.device  # what reads files needs the numbers before the device is free
         order, u = (part[:, rank::world].to(here) for part in self.plan(steps, batch_size, seed, epoch, stage))
+        read = lambda step: (self.rows(self.x, order[step], u[step]), self.targets(order[step]))
+        for step, (x, y) in enumerate(files.read_ahead(read, steps) if self.lazy else map(read, range(steps))):
+            yield self._prepare(x, u[step].to(self.device)), y
 
-        def read(step):
-            return self._rows(self.x, order[step], u[step]), self.targets(order[step])
-
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(read, 0) if self.lazy else None
-            for step in range(steps):
-                x, y = following.result() if self.lazy else read(step)
-                if self.lazy and step + 1 < steps:
-                    following = ahead.submit(read, step + 1)
-                yield self._prepare(x, u[step].to(self.device)), y
+    def in_order(self, parts):
+        """x, y of the samples of each index in `parts`, not augmented. What lies in files is read a part ahead."""
+        read = lambda i: (self.rows(self.x, parts[i]), self.targets(parts[i]))
+        for x, y in files.read_ahead(read, len(parts)) if self.lazy else map(read, range(len(parts))):
+            yield self._prepare(x, None), y
 
 
 def validate(where, x, y, like, classes, rows=None):
@@ -596,15 +593,17 @@ def class_labels(split, k=10, seed=0):
         return split.y
     import torch
     from sklearn.cluster import KMeans, MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
-    chunks = torch.arange(len(split), device=split.device).split(1000)
-    flat = lambda index: split.targets(index).flatten(1).nan_to_num().float().cpu().numpy()  # (1000, everything)
-    if len(split) <= 10_000 and not split.lazy:
-        kmeans = KMeans(min(k, len(split)), n_init=3, random_state=seed).fit(np.concatenate([flat(index) for index in chunks]))
-    else:
-        kmeans = MiniBatchKMeans(min(k, len(split)), random_state=seed)
-        for index in chunks:
-            kmeans.partial_fit(flat(index))
+    chunks = torch.arange(len(split), device=split.device).split(min(1000, max(1, 2**26 // math.prod(split.output))))
+    flat = lambda index: split.targets(index).flatten(1).nan_to_num().float().cpu().numpy()  # (1000 or fewer, everything)
+    with threadpool_limits(1):  # sums in one order: each process finds the same clusters
+        if len(split) <= 10_000 and not split.lazy:
+            kmeans = KMeans(min(k, len(split)), n_init=3, random_state=seed).fit(np.concatenate(list(map(flat, chunks))))
+        else:
+            kmeans = MiniBatchKMeans(min(k, len(split)), random_state=seed)
+            for index in chunks:
+                kmeans.partial_fit(flat(index))
     return torch.from_numpy(np.concatenate([kmeans.predict(flat(index)) for index in chunks])).long().to(split.device)
 
 
@@ -653,19 +652,18 @@ def prepare(name, data_dir):
                     failed[key] = error
                 else:
                     print(f"{key}: {error}\nTrying {keys[1]} instead, from which we make it.")
-    if name in TASKS and TASKS[name].simulate and failed:
-        for key, error in failed.items():
-            print(f"{key}: {error}")
+    simulated = name in TASKS and TASKS[name].simulate
+    if len(failed) == 1 and not simulated:
+        raise failed.popitem()[1]
+    for key, error in failed.items():
+        print(f"{key}: {error}")
+    if failed and simulated:
         own = {key for keys in TASKS[name].downloads for key in keys}
         if own & failed.keys():
             print(f"{name} will be simulated: its equation is solved here when a run needs it (docs/pde.md).")
         if failed := sorted(failed.keys() - own):
             print(f"Without {' and '.join(failed)}, methods that use a source run at the tiny scale only, with a toy.")
-    elif len(failed) == 1:
-        raise failed.popitem()[1]
     elif failed:
-        for key, error in failed.items():
-            print(f"{key}: {error}")
         raise UserError(f"{', '.join(failed)} could not be downloaded; see above where each is available and where it goes.")
 
 

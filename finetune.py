@@ -130,7 +130,7 @@ def main(args):
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise cli.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
     warms = args.mode == "warmup" and args.warmup_share > 0
-    warming_epochs = max(1, round(args.epochs * args.warmup_share)) if warms else 0
+    warming_epochs = min(max(1, round(args.epochs * args.warmup_share)), args.epochs - (args.warmup_share < 1)) if warms else 0
     if args.mode == "lora":
         if args.checkpoint:
             raise cli.UserError("--checkpoint does not work with --mode lora.\nLeave it out, and lower --batch-size.")

@@ -1,11 +1,15 @@
-"""The pictures that a run leaves in its folder, as bytes of a PNG file: curves.png, predictions.png, patches.png.
+"""What shows a run: curves.png, predictions.png and patches.png, as bytes of a PNG file, and its numbers for --track.
 
 matplotlib is imported where it is used: it takes seconds. Shapes: n samples, K classes, C channels, H W L sizes, N tokens.
 """
 
+import importlib
 import io
+import json
 
 import numpy as np
+
+from cli import UserError, reason
 
 SHOWN = 3  # samples in a picture
 REPLACED = "#d1495b"  # the colour of the source in docs/idea.png
@@ -141,3 +145,54 @@ def replaced(title, x, scores, ks):
         axis.set_title(f"epoch {epoch}: {k} of {N}", fontsize=10)
     figure.suptitle(title)
     return png(figure)
+
+
+class Tracker:
+    """--track: the rows of metrics.jsonl, the run's arguments and its result for TensorBoard or Weights & Biases.
+
+    A row's step is its number in metrics.jsonl. A resumed run has no step twice: TensorBoard's files are written anew, W&B's
+    run goes on after its last step.
+    """
+
+    def __init__(self, package):
+        try:
+            module = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(package, package))
+        except ImportError as error:
+            raise UserError(f"--track {package} needs a package that is not here ({error}): pip install {package}") from error
+        self.package, self.module, self.sent = package, module, 0
+
+    def begin(self, folder, arguments):
+        """Start or continue a record in the run's folder; `arguments`: args.json."""
+        if self.package == "wandb":
+            try:
+                self.record = self.module.init(dir=folder, name=folder.name, config=arguments, resume="auto")
+            except self.module.Error as error:
+                raise UserError(f"--track wandb: {reason(error)}\nWithout an account, set WANDB_MODE=offline.") from error
+            self.sent = max(0, self.record.step - 1)  # its next step; 0 for a new record
+            return
+        for file in folder.glob("tensorboard/events.out.tfevents.*"):
+            file.unlink()
+        self.record = self.module.SummaryWriter(folder / "tensorboard")
+        self.record.add_text("args", json.dumps(arguments))
+
+    def log(self, rows):
+        """The numbers of those rows of metrics.jsonl that are new."""
+        for step in range(self.sent + 1, len(rows) + 1):
+            row = rows[step - 1]
+            numbers = {f"stage1/{name}" if "stage" in row else name: value for name, value in row.items()}
+            if self.package == "wandb":
+                self.record.log(numbers, step=step)
+            else:
+                for name, value in numbers.items():
+                    self.record.add_scalar(name, value, step)
+                self.record.flush()
+        self.sent = max(self.sent, len(rows))
+
+    def end(self, result):
+        """result.json, and no more rows."""
+        if self.package == "wandb":
+            self.record.summary.update(result)
+            self.record.finish()
+        else:
+            self.record.add_text("result", json.dumps(result))
+            self.record.close()

@@ -83,11 +83,11 @@ def predict(model, task, x, where="x", batch_size=32):
 def main(args):
     if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.inputs).resolve():
         raise cli.UserError(f"-o {args.out} would take the place of something else.\nGive the name of a new file.")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model, task = load(args.run)
     predictions = predict(model, task, data.read_npy(Path(args.inputs)), args.inputs, args.batch_size)
     content = io.BytesIO()
     np.save(content, predictions)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(Path(args.out), content.getvalue())
     print(f"{args.out}: {data.by_x(predictions.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
 

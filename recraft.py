@@ -134,6 +134,7 @@ def released_groups(y_t, args, generator):
         yield from ((g, len(members) / len(y_t) * len(g) / batches) for g in groups if 2 * len(g) >= args.label_samples)
 
 
+@torch.compiler.set_stance("force_eager")  # batches of many sizes: --compile is for stage 2
 def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter):
     """Stage 1: trains `embedder`, and nothing else (lines 2 to 4).
 
@@ -158,7 +159,8 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         with torch.no_grad():
             p, y = predict(fixed), y_t[fixed].to(u_s.device)  # (m, K_s), (m,)
             chance = [entropies(joint_table(p, y.roll(i), classes))[2] for i in range(1, 11)]
-            found = distance(embed_all(embedder, train, fixed)), *entropies(joint_table(p, y, classes)), sum(chance) / len(chance)
+            of_labels = entropies(joint_table(p, y, classes))
+            found = distance(embed_all(embedder, train, fixed)), *of_labels, sum(chance) / len(chance)
         row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"), map(float, found), strict=True))
         if not all(math.isfinite(value) for value in row.values()):
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")

@@ -1,7 +1,6 @@
 """Run management: optimizer and schedule, processes, seeds, the run folder with its checkpoints, evaluation, tracking."""
 
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -11,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -127,14 +127,14 @@ def take_step(optimizer, parameters, loss):
 def embed_all(embedder, split, index):
     """Samples `index` of a data.Split as one vector each, the mean over their tokens, with a gradient: (m,) -> (m, D)
 
-    Embedded 128 at a time; several chunks are recomputed in the backward pass, so that memory does not grow with m. Each
-    process embeds its part.
+    Embedded 128 at a time, or fewer where samples are large; several chunks are recomputed in the backward pass, so that memory
+    does not grow with m. Each process embeds its part.
     """
 
     def embed(index):
         return embedder(split.inputs(index)).mean(1)  # (chunk, N, D) -> (chunk, D)
 
-    parts = shard(index).split(128)
+    parts = shard(index).split(min(128, split.chunk))
     parts = [checkpoint(embed, part, use_reentrant=False) if len(parts) > 1 else embed(part) for part in parts]
     return gather(torch.cat(parts), len(index))  # (m, D)
 
@@ -149,16 +149,31 @@ LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the d
 
 def write(path, content):
     """Write bytes under a temporary name, then rename: a killed run never leaves half a file."""
-    part = path.with_name(path.name + ".part")
+    with data.replacing(path) as file:
+        file.write(content)
+
+
+def lock(folder):
+    """Keep other processes from writing to a run's folder as long as the returned file is open. Raises UserError if one does.
+
+    Does nothing where there are no such locks: on Windows and some network drives.
+    """
+    file = (folder / ".lock").open("w")
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    part.replace(path)
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"{folder}: another process is training this run.\nWait for it, or give another --out-dir.") from error
+    except (ImportError, OSError):
+        pass
+    return file
+
+
+def checksum(split):
+    """CRC-32 of the first samples of a Split, by which --resume notices other data of the same size."""
+    first = torch.arange(min(8, len(split)), device=split.device)
+    return zlib.crc32(b"".join(split.rows(part, first).cpu().numpy().tobytes() for part in (split.x, split.y)))
 
 
 def seed_everything(name, *numbers):
@@ -240,7 +255,7 @@ class Run:
 
     def __init__(self, args, method):
         self.rank, self.world, local = torchrun()
-        self.tracker = Tracker(args.track) if args.track and self.rank == 0 else None
+        self.tracker = plots.Tracker(args.track) if args.track and self.rank == 0 else None
         self.device, self.precision = choose_device(local)
         cuda = self.device.type == "cuda"
         if self.world > 1:
@@ -266,19 +281,35 @@ class Run:
         if args.batch_size > max(64, n):  # 64 is the largest published batch; small sets are repeated to fill one
             raise UserError(f"--batch-size {args.batch_size:,} is more than the {n:,} training samples.\nGive a smaller one.")
         identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
+        identity["checksums"] = [checksum(split) if split.kind == "official" else None for split in splits]
         self.kind = "toy" if "toy" in kinds else kinds[0]
         toy = "-toy" if self.kind == "toy" else ""
         backbone = Path(args.backbone).name.replace(":", "_").removesuffix(".safetensors")
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         self.stage1_file = self.folder / "stage1.safetensors"
+        finished = [self.rank == 0 and self.finished_before(identity)]
+        if self.world > 1:  # the first process looks for all: others may see an older state of a network drive
+            torch.distributed.broadcast_object_list(finished)
+            if not (self.folder / "args.json").exists():
+                raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
+        processes = f", {self.world} processes" * (self.world > 1)
+        if not finished[0]:
+            print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
+        return not finished[0]
+
+    def finished_before(self, identity):
+        """Take the folder for this run; True if the run is finished already. Raises UserError as `start` does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
         if self.begun():
-            if not args.resume:
+            if not self.args.resume:
                 state = (
                     "a finished run: see result.json" if self.result_file.exists() else "a run already: continue with --resume"
                 )
                 raise UserError(f"{self.folder} holds {state}.\nOr choose another --out-dir, or remove the folder.")
             before = json.loads((self.folder / "args.json").read_text())
+            before.setdefault("checksums", identity["checksums"])  # runs of earlier versions have none
             free = ("resume", "out_dir", "data_dir", "track")  # what may change without changing the result
             other = [
                 f"{k} was {before.get(k)!r}, now {v!r}"
@@ -292,19 +323,13 @@ class Run:
                 )
         if self.result_file.exists():
             print(f"{self.result_file.read_text()}\nfinished before: {self.result_file}")
-            return False
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
-            if self.tracker:
-                self.tracker.begin(self.folder, identity)
-        if self.world > 1:
-            torch.distributed.barrier()  # a slower process must not mistake these files for an earlier run
-            if not (self.folder / "args.json").exists():
-                raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
-        processes = f", {self.world} processes" * (self.world > 1)
-        print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
-        return True
+            return True
+        for part in self.folder.glob("*.part"):  # of a killed process
+            part.unlink()
+        write(self.folder / "args.json", json.dumps(identity, indent=1).encode())
+        if self.tracker:
+            self.tracker.begin(self.folder, identity)
+        return False
 
     def begun(self):
         """Does the folder hold a run, finished or not? Raises UserError if one of its files is missing, empty or cut short.
@@ -398,11 +423,11 @@ class Run:
         chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
         every = torch.arange(len(split), device=self.device)
         own = every[self.rank :: self.world]
-        for index in (own if len(own) else every[:1]).split(chunk):  # more processes than samples: an answer that is not used
-            x = split.inputs(index)  # in fp32, as in training
+        parts = (own if len(own) else every[:1]).split(chunk)  # more processes than samples: an answer that is not used
+        for x, targets in split.in_order(parts):  # in fp32, as in training
             with self.autocast(), eager:
                 out.append(model(x).float().cpu())
-            y.append(split.targets(index).cpu())
+            y.append(targets.cpu())
         out, y = (torch.cat(parts)[: len(own)].numpy() for parts in (out, y))
         if self.world > 1:
             shares = [None] * self.world
@@ -597,54 +622,3 @@ def load(folder):
     model = common.Model(embedder, source.encoder, predictor)
     model.load_state_dict(load_file(best))
     return model.to(choose_device()[0]).eval(), task
-
-
-class Tracker:
-    """--track: the rows of metrics.jsonl, the run's arguments and its result for TensorBoard or Weights & Biases.
-
-    A row's step is its number in metrics.jsonl. A resumed run has no step twice: TensorBoard's files are written anew, W&B's
-    run goes on after its last step.
-    """
-
-    def __init__(self, package):
-        try:
-            module = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(package, package))
-        except ImportError as error:
-            raise UserError(f"--track {package} needs a package that is not here ({error}): pip install {package}") from error
-        self.package, self.module, self.sent = package, module, 0
-
-    def begin(self, folder, arguments):
-        """Start or continue a record in the run's folder; `arguments`: args.json."""
-        if self.package == "wandb":
-            try:
-                self.record = self.module.init(dir=folder, name=folder.name, config=arguments, resume="auto")
-            except self.module.Error as error:
-                raise UserError(f"--track wandb: {reason(error)}\nWithout an account, set WANDB_MODE=offline.") from error
-            self.sent = max(0, self.record.step - 1)  # its next step; 0 for a new record
-            return
-        for file in folder.glob("tensorboard/events.out.tfevents.*"):
-            file.unlink()
-        self.record = self.module.SummaryWriter(folder / "tensorboard")
-        self.record.add_text("args", json.dumps(arguments))
-
-    def log(self, rows):
-        """The numbers of those rows of metrics.jsonl that are new."""
-        for step in range(self.sent + 1, len(rows) + 1):
-            row = rows[step - 1]
-            numbers = {f"stage1/{name}" if "stage" in row else name: value for name, value in row.items()}
-            if self.package == "wandb":
-                self.record.log(numbers, step=step)
-            else:
-                for name, value in numbers.items():
-                    self.record.add_scalar(name, value, step)
-                self.record.flush()
-        self.sent = max(self.sent, len(rows))
-
-    def end(self, result):
-        """result.json, and no more rows."""
-        if self.package == "wandb":
-            self.record.summary.update(result)
-            self.record.finish()
-        else:
-            self.record.add_text("result", json.dumps(result))
-            self.record.close()

@@ -104,32 +104,33 @@ def read_psicov(data_dir, cache):
     looks at true distances up to 8 A only. A protein of more than 507 residues loses its end.
     """
 
-    def features(path):
+    def features(path, x):  # x (57, 512, 512)
         names = ("ss", "pssm", "sa", "entropy", "ccmpred", "freecon", "potential")
         ss, pssm, sa, entropy, *pairs = unpickle_entries(path, *names)
         with reading(path, "set of protein features"):
-            each = np.concatenate([ss, np.transpose(pssm), [sa], [entropy]])  # (3 + 22 + 1 + 1, m)
-            m = each.shape[1]  # residues
-            columns = np.broadcast_to(each[:, None], (27, m, m))  # the value of residue j, in column j
-            both = np.stack([columns, columns.transpose(0, 2, 1)], axis=1).reshape(54, m, m)
-            x = np.zeros((57, SIDE, SIDE), np.float32)
-            n = min(m, SIDE - PAD)
-            x[:, PAD : PAD + n, PAD : PAD + n] = np.concatenate([both, pairs])[:, :n, :n]
-        return np.nan_to_num(x)
+            each = np.concatenate([ss, np.transpose(pssm), [sa], [entropy]])[:, : SIDE - PAD]  # (3 + 22 + 1 + 1, n)
+            n = each.shape[1]  # residues, without those that are cut off
+            inside = x[:, PAD : PAD + n, PAD : PAD + n]  # (57, n, n), filled in place: copies would take most of the time
+            inside[0:54:2], inside[1:54:2] = each[:, None], each[:, :, None]  # the value of residue j in column j, in row j
+            for i, pair in enumerate(pairs):
+                inside[54 + i] = np.asarray(pair)[: SIDE - PAD, : SIDE - PAD]
+            np.nan_to_num(inside, copy=False, posinf=np.inf, neginf=-np.inf)  # infinities are refused later
 
-    def distances(path):
-        content = unpickle(path)
+    def distances(paths, y):  # y (512, 512)
+        path, features = paths
+        content, (entropy,) = unpickle(path), unpickle_entries(features, "entropy")
         with reading(path, "distance map"):
             d = np.asarray(content[2], np.float32)
             m, n = len(d), min(len(d), SIDE - PAD)
+            if m != len(entropy):
+                raise ValueError(f"{m} residues, {len(entropy)} in {features.name}")
             padded = np.pad(d, ((0, 0), (1, 1)), constant_values=np.nan)  # (m, m + 2)
             i = np.arange(m)
             neighbours = [padded[i, i], padded[i, i + 2]]  # left and right of the diagonal; the first and last have one
             d = d.copy()
             d[i, i] = np.nanmean(neighbours, axis=0)
-            y = np.full((SIDE, SIDE), FAR, np.float32)
+            y.fill(FAR)
             y[PAD : PAD + n, PAD : PAD + n] = np.nan_to_num(d, nan=FAR)[:n, :n].clip(1, FAR)
-        return y
 
     splits = []
     for name in ("deepcov", "psicov"):
@@ -138,7 +139,8 @@ def read_psicov(data_dir, cache):
         x, y = [folder / "features" / f"{p}.pkl" for p in proteins], [folder / "distance" / f"{p}-cb.npy" for p in proteins]
         if missing := [p for p in x + y if not p.exists()]:
             raise Missing(f"no {missing[0]} ({len(missing)} of the files that {path} names).")
-        splits.append((of_files(features, x), of_files(distances, y)))
+        y = list(zip(y, x, strict=True))
+        splits.append((of_files(features, x, (57, SIDE, SIDE)), of_files(distances, y, (SIDE, SIDE))))
     return *splits, "official"
 
 
@@ -166,7 +168,10 @@ def read_cosmic(data_dir, cache):
             for path in sorted(folder.glob("[0-9]*_*.npy")):
                 with reading(path, "tile"):
                     tile = np.load(path, mmap_mode="r")[:, 64:192, 64:192]  # (2 or 3, 128, 128)
-                    level = sky[int(path.name.split("_")[0]) - 1]
+                    number = int(path.name.split("_")[0])
+                    if not 0 < number <= len(sky):
+                        raise ValueError(f"exposure {number} of {len(sky)}")
+                    level = sky[number - 1]
                     x.append(np.pad(np.float32(tile[:1]), ((0, 0), (0, 1), (0, 0)), constant_values=level))  # (1, 129, 128)
                     counts = tile[2] == 0 if len(tile) > 2 else True
                     y.append(np.float32(np.where(counts, tile[1] > 0, np.nan)))  # (128, 128)

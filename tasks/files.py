@@ -17,13 +17,14 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from cli import Missing, UserError, stream
+from cli import Missing, UserError, reason, stream
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads
@@ -131,6 +132,15 @@ def present(download, data_dir):
     return all(found(pattern) for pattern in download.gives)
 
 
+def other_checksum(download, path):
+    """The checksum of a file, in words, if it is not the one known for this download; else None."""
+    if not download.md5:
+        return None
+    with path.open("rb") as file:
+        md5 = hashlib.file_digest(file, "md5").hexdigest()
+    return None if md5 == download.md5 else f"checksum {md5}, not {download.md5}"
+
+
 def fetch(download, data_dir):
     """Download one file into `data_dir` and unpack it there if it is an archive; an interrupted download is resumed.
 
@@ -160,7 +170,7 @@ def fetch(download, data_dir):
                 raise UserError(
                     f"{download.url} answers {error.code}.\nDownload it by hand{by_hand}: {path}, {download.megabytes:,} MB."
                 ) from error
-            total = have
+            total = int(error.headers.get("Content-Range", f"*/{have}").rpartition("/")[2])
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -168,18 +178,15 @@ def fetch(download, data_dir):
                 f"{download.url} cannot be reached ({error}).\n"
                 f"Repeat the command later, or download it by hand{by_hand}: {path}, {download.megabytes:,} MB."
             ) from error
-        if part.stat().st_size < total:
-            raise UserError(
-                f"{download.url} stopped after {part.stat().st_size:,} of {total:,} bytes.\n"
-                "Repeat the command to resume."
-            )
-        if download.md5:
-            with part.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-            if md5 != download.md5:
-                part.unlink()
-                raise UserError(f"{download.url} came with checksum {md5}, not {download.md5}.\nIt was removed; try again.")
+        size = part.stat().st_size
+        if size < total:
+            raise UserError(f"{download.url} stopped after {size:,} of {total:,} bytes.\nRepeat the command to resume.")
+        if wrong := f"{size:,} of {total:,} bytes" if size > total > 0 else other_checksum(download, part):
+            part.unlink()
+            raise UserError(f"{download.url} came with {wrong}.\nIt was removed; try again.")
         part.rename(path)
+    elif wrong := other_checksum(download, path):
+        raise UserError(f"{path} has {wrong}.\nRemove it and repeat the command.")
     if download.is_archive:
         try:
             if download.unpack:
@@ -189,7 +196,7 @@ def fetch(download, data_dir):
                 with tarfile.open(path) as archive:
                     archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
                     archive.extractall(data_dir)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is not a whole archive ({error}).\nRemove it and download it again.") from error
         path.unlink()
 
@@ -228,9 +235,25 @@ class Lazy:
         return Lazy(None, lambda rows, u: check(where, self._read(rows, u), shape, *values, rows=rows), self.groups, self.rows)
 
 
-def of_files(read, paths):
-    """Samples in files of their own, one each, read by `read`."""
-    return Lazy(len(paths), lambda rows, u: np.stack([read(paths[row]) for row in rows]))
+def read_ahead(read, n):
+    """read(0), ..., read(n - 1), each read in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(read, 0) if n else None
+        for i in range(n):
+            now, following = following.result(), thread.submit(read, i + 1) if i + 1 < n else None
+            yield now
+
+
+def of_files(read, paths, shape):
+    """Samples (*shape) fp32 in files of their own, one each: `read(path, x)` fills x, which is 0."""
+
+    def read_all(rows, u):
+        x = np.zeros((len(rows), *shape), np.float32)
+        for i, row in enumerate(rows):
+            read(paths[row], x[i])
+        return x
+
+    return Lazy(len(paths), read_all)
 
 
 @contextlib.contextmanager
@@ -244,22 +267,22 @@ def reading(path, what):
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT):  # unpacking to a full disk is not a fault of the file
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{path} is not UTF-8 text ({reason}).\nSave it as UTF-8.") from error
-        if "unable to lock file" in reason:
+            raise UserError(f"{path} is not UTF-8 text ({why}).\nSave it as UTF-8.") from error
+        if "unable to lock file" in why:
             raise UserError(
-                f"{path} is locked: another program has it open, or its file system has no locks ({reason}).\n"
+                f"{path} is locked: another program has it open, or its file system has no locks ({why}).\n"
                 "Close that program; if there is none, set HDF5_USE_FILE_LOCKING=FALSE."
             ) from error
-        if re.search(r"filter .*not registered|required filter|can't open (directory|plugin)", reason):
+        if re.search(r"filter .*not registered|required filter|can't open (directory|plugin)", why):
             raise UserError(
-                f"{path} is compressed by a filter that HDF5 does not have here ({reason}).\n"
+                f"{path} is compressed by a filter that HDF5 does not have here ({why}).\n"
                 "`pip install hdf5plugin` and set HDF5_PLUGIN_PATH to hdf5plugin.PLUGIN_PATH, or rewrite it: h5repack -f NONE."
             ) from error
         if isinstance(error, OSError) and number:  # of the disk or the network
-            raise UserError(f"{path} cannot be read: {error.strerror or reason}.") from error
-        raise UserError(f"{path} is not a readable {what} ({reason}).\nRemove it and download it again.") from error
+            raise UserError(f"{path} cannot be read: {error.strerror or why}.") from error
+        raise UserError(f"{path} is not a readable {what} ({why}).\nRemove it and download it again.") from error
 
 
 def read_text(path):
@@ -291,6 +314,8 @@ def replacing(path):
     try:
         with part.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # a renamed file is whole, also after a power cut
         part.replace(path)
     except OSError as error:  # that of a full disk: numpy's has no number
         raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
@@ -304,6 +329,14 @@ def save_array(path, array):
         np.save(file, array)
 
 
+def map_cached(path):
+    """A cached .npy file, memory-mapped. Raises UserError if it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({reason(error)}).\nRemove it: it will be made again.") from error
+
+
 def kept(cache, name, what, make):
     """The two arrays of `make()`, cached as memory-mapped files: it takes long and runs once, after printing `what` it does."""
     paths = [cache / f"{name}-{part}.npy" for part in ("x", "y")]
@@ -311,7 +344,7 @@ def kept(cache, name, what, make):
         print(f"{what}, once; kept in {cache}")
         for path, array in zip(paths, make(), strict=True):
             save_array(path, array)
-    return tuple(np.load(path, mmap_mode="r") for path in paths)
+    return tuple(map(map_cached, paths))
 
 
 def kept_of_file(cache, name, file, make):
@@ -498,4 +531,4 @@ def map_npz(path, name, cache):
             print(f"unpacking {name} of {path.name}, once: {unpacked}")
             with archive.open(info) as packed, replacing(unpacked) as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
-        return np.load(unpacked, mmap_mode="r")
+        return map_cached(unpacked)

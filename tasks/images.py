@@ -19,6 +19,7 @@ from tasks.files import (
     find,
     is_system_file,
     locate,
+    map_cached,
     numbers,
     read_text,
     reading,
@@ -258,7 +259,7 @@ def read_spherical(data_dir, cache):
             print(f"projecting {len(x):,} CIFAR-100 {name} images onto the sphere, once: {path}")
             sphere = project_to_sphere(x, random_rotations(len(x), seed=("train", "test").index(name)))
             save_array(path, sphere)
-        splits.append((np.load(path, mmap_mode="r"), y))
+        splits.append((map_cached(path), y))
     return *splits, "simulated"
 
 

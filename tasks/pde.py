@@ -557,6 +557,9 @@ def main(args):
         if (value := getattr(args, name)) is not None and value < 1:
             print(f"pde.py: --{name} {value} must be positive.", file=sys.stderr)
             raise SystemExit(2)
+    if args.n and args.n & (args.n - 1) and args.task in ("all", "navier_stokes1d", "diffusion_sorption1d"):
+        print(f"pde.py: --n {args.n} must be a power of 2 for diffusion_sorption1d and navier_stokes1d.", file=sys.stderr)
+        raise SystemExit(2)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     print(f"Solved on {where}, torch {torch.__version__}\n")
     print("| task | cells | solutions | seconds | full set | seconds for it |\n|---|---|---|---|---|---|")

@@ -110,37 +110,43 @@ def read_deepsea(data_dir, cache):
 RATE = 22050  # of the sound files, in Hz; a chunk is one second
 
 
-def read_wav(path):
-    """A sound as float in [-1, 1]. Raises UserError for a damaged file, NaN, several channels, or another rate."""
+def read_wav(path, start=None):
+    """A sound as float in [-1, 1]; with `start`, only `a_second` of it, without reading the rest.
+
+    Raises UserError for a damaged file, NaN, several channels, or another rate.
+    """
     from scipy.io import wavfile
 
     with reading(path, "wav file"):
-        rate, sound = wavfile.read(path)
+        rate, sound = wavfile.read(path, mmap=start is not None)
     if rate != RATE or sound.ndim != 1 or len(sound) == 0:
         raise UserError(f"{path} has {rate} Hz and shape {sound.shape}; expected one channel at {RATE} Hz.")
+    sound = sound if start is None else a_second(sound, start)
     if sound.dtype == np.uint8:  # 8-bit PCM is unsigned, around 128; wider samples are signed
         return (sound - 128.0) / 128
     return sound / -float(np.iinfo(sound.dtype).min) if sound.dtype.kind == "i" else check(path, sound, ())
 
 
 def a_second(sound, start=0):
-    """One second of a sound, (RATE,) float32, from the share `start` in [0, 1) on; a shorter one is repeated."""
-    sound = np.resize(sound, max(len(sound), RATE))
+    """One second of a sound, (RATE,), from the share `start` in [0, 1) on; a shorter one is repeated."""
+    if len(sound) < RATE:
+        return np.resize(sound, RATE)
     begin = int(start * (len(sound) - RATE + 1))
-    return sound[begin : begin + RATE].astype(np.float32)
+    return sound[begin : begin + RATE]
 
 
 def fsd50k_numbers(data_dir):
-    """The number of each label by its name, {str: int}, and the file that says so."""
+    """The number of each of the 200 labels by its name, {str: int}, and the file that says so."""
     with reading(path := beside(locate(data_dir, "chunks/tr.csv"), "lbl_map.json"), "json file"):
-        return {name: int(i) for name, i in json.loads(read_text(path)).items()}, path
+        number = {name: int(i) for name, i in json.loads(read_text(path)).items()}
+    if sorted(number.values()) != list(range(200)):
+        raise UserError(f"{path} does not number its labels from 0 to 199.")
+    return number, path
 
 
 def fsd50k_names(data_dir):
     """The 200 labels, (200,) str, in the order of their numbers."""
-    number, path = fsd50k_numbers(data_dir)
-    if sorted(number.values()) != list(range(200)):
-        raise UserError(f"{path} does not number its labels from 0 to 199.")
+    number, _ = fsd50k_numbers(data_dir)
     return tuple(sorted(number, key=number.get))
 
 
@@ -157,7 +163,10 @@ def read_fsd50k(data_dir, cache):
     def clips(path):
         """The chunks of each clip, and its labels (clips, 200)."""
         with reading(path, "table with files, labels, ext"):
-            rows = [(row["files"], row["labels"], row["ext"]) for row in csv.DictReader(io.StringIO(read_text(path)))]
+            content = read_text(path)
+            rows = [(row["files"], row["labels"], row["ext"]) for row in csv.DictReader(io.StringIO(content))]
+            if not content.endswith("\n") or not all(map(all, rows)):
+                raise ValueError("a line is cut short")
             tail = rows[0][0][4:].lstrip("/")  # the first four characters stand for the folder, which is searched for
         roots = [root for root in list(path.parents)[:4] if (root / tail).exists()]
         if not roots:
@@ -179,11 +188,11 @@ def read_fsd50k(data_dir, cache):
             of_clip = chunks[row]
             x[i, 0] = a_second(read_wav(of_clip[len(of_clip) // 2 if u is None else int(u[i, 0] * len(of_clip))]))
             if u is not None and noises:
-                x[i, 1] = a_second(read_wav(noises[int(u[i, 1] * len(noises))]), u[i, 2])
+                x[i, 1] = read_wav(noises[int(u[i, 1] * len(noises))], u[i, 2])
         return x
 
     def read_test(rows, u):
-        sounds = np.stack([a_second(read_wav(test_chunks[row])) for row in rows])
+        sounds = np.stack([a_second(read_wav(test_chunks[row])) for row in rows]).astype(np.float32)
         return np.stack([sounds, np.zeros_like(sounds)], axis=1)  # (B, 2, RATE)
 
     chunks, y = clips(table)

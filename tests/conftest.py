@@ -96,8 +96,12 @@ def server():
         def do_GET(self):
             begin = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.ranges else 0
             Handler.asked.append(begin)
-            if self.path.endswith("missing") or begin >= len(self.content):
-                return self.send_error(404 if self.path.endswith("missing") else 416)
+            if self.path.endswith("missing"):
+                return self.send_error(404)
+            if begin >= len(self.content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(self.content)}")
+                return self.end_headers()
             body = self.content[begin:]
             self.send_response(206 if begin else 200)
             self.send_header("Content-Length", str(len(body)))

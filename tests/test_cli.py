@@ -106,3 +106,12 @@ def test_a_batch_larger_than_the_training_set_is_refused(tmp_path):
     with pytest.raises(cli.UserError, match="--batch-size 1,000,000 is more than the 80 training samples"):
         here("finetune.py", *options, "--batch-size", 10**6, out=tmp_path)  # it would take 20 GB
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_name_is_refused(script, tmp_path):
+    assert "--data-dir is empty" in script("pare.py", "--data-dir", "", out=tmp_path, code=2)
+
+
+def test_a_closed_pipe_ends_quietly():
+    done = subprocess.run(f"{sys.executable} data.py | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("task") and not done.stderr

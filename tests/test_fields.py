@@ -1,6 +1,8 @@
 """Fields: darcy, psicov, cosmic and PDEBench from their official files, whole and damaged, and simulated PDE data."""
 
 import math
+import pickle
+import shutil
 
 import h5py
 import numpy as np
@@ -97,6 +99,20 @@ def test_damaged_proteins_are_named(tmp_path):
     path.unlink()
     with pytest.raises(cli.Missing, match=r"psicov30.pkl \(1 of the files"):
         full("psicov", tmp_path)
+
+
+def test_proteins_whose_files_do_not_agree_are_named(tmp_path):
+    write_psicov(tmp_path, lengths=(30, 31))
+    folder = tmp_path / "protein/psicov"
+    path = folder / "features/psicov31.pkl"
+    content = pickle.loads(path.read_bytes())
+    content["entropy"][4] = -np.inf
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(cli.UserError, match="psicov, test set: x: sample 1 has -inf"):
+        full("psicov", tmp_path).test.inputs(torch.tensor([1]))
+    shutil.copy(folder / "distance/psicov31-cb.npy", folder / "distance/psicov30-cb.npy")
+    with pytest.raises(cli.UserError, match="psicov30-cb.npy is not a readable distance map .31 residues, 30 in psicov30.pkl"):
+        full("psicov", tmp_path).test.targets(torch.tensor([0]))
 
 
 # ---- cosmic

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import tarfile
 import zipfile
 
 import numpy as np
@@ -91,6 +92,37 @@ def test_a_wrong_checksum_a_missing_file_and_a_dead_server_are_named(tmp_path, s
         files.fetch(files.Download(f"{server.url}/missing", None, 1, ("x",)), tmp_path)
     with pytest.raises(cli.UserError, match="cannot be reached"):
         files.fetch(files.Download("http://127.0.0.1:9/a", None, 1, ("x",)), tmp_path)
+
+
+def test_a_part_that_is_not_of_this_file_is_removed(tmp_path, server):
+    server.content = RNG.bytes(1000)
+    download = files.Download(f"{server.url}/a.zip", None, 1, ("a.zip",))
+    (tmp_path / "a.zip.part").write_bytes(RNG.bytes(1028))  # two downloads at once wrote it
+    with pytest.raises(cli.UserError, match="came with 1,028 of 1,000 bytes"):
+        files.fetch(download, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_archive_fetched_by_hand_is_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "a/b")
+    path = tmp_path / "a.tar.gz"
+    download = files.Download("nowhere", hashlib.md5(path.read_bytes()).hexdigest(), 1, ("a/b",), name="a.tar.gz")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # gzip's own checksum, which tarfile does not look at
+    path.write_bytes(content)
+    with pytest.raises(cli.UserError, match="a.tar.gz has checksum"):
+        files.fetch(download, tmp_path)
+    assert path.exists() and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, 200])
+def test_a_damaged_file_of_the_cache_is_named(tmp_path, size):
+    make = lambda: files.kept(tmp_path, "a", "making it", lambda: (np.arange(99), np.arange(99)))
+    make()
+    (tmp_path / "a-x.npy").write_bytes((tmp_path / "a-x.npy").read_bytes()[:size])
+    with pytest.raises(cli.UserError, match="a-x.npy is damaged .*\nRemove it: it will be made again"):
+        make()
 
 
 def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):

@@ -546,3 +546,10 @@ def test_pde_py_prints_the_table_of_times(monkeypatch, capsys):
     runpy.run_path(str(ROOT / "tasks" / "pde.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "| advection1d | 1024 | 10 | " in out and "| 10,000 | " in out
+
+
+@pytest.mark.parametrize("options, words", [({"samples": 0}, "--samples 0"), ({"n": 100}, "must be a power of 2")])
+def test_sizes_that_cannot_be_solved_are_refused(capsys, options, words):
+    with pytest.raises(SystemExit) as stop:
+        pde.main(pde.Args("navier_stokes1d", **options))
+    assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -166,6 +166,9 @@ def test_what_reproduce_refuses(tmp_path):
         args = {"tasks": ("cifar100",), "methods": ("naive",), "seeds": 1, "out_dir": str(tmp_path / "out")} | changes
         with pytest.raises(cli.UserError, match=message):
             reproduce.main(reproduce.Args(**args))
+    (tmp_path / "out/options.json").write_text("{")
+    with pytest.raises(cli.UserError, match="options.json is empty or cut short"):
+        reproduce.collect(tmp_path / "out")
 
 
 def test_runs_of_other_options_are_not_taken_for_these_and_toys_not_for_real_data(script, tmp_path):

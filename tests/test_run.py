@@ -1,6 +1,8 @@
 """What keeps a run: optimizer and schedule, random streams, files, resuming, a disk without room."""
 
+import errno
 import json
+import os
 import sys
 import time
 from itertools import product
@@ -19,7 +21,7 @@ import data
 import mona
 import run
 from run import Run, make_optimizer, make_schedule, mean_loss, write
-from tasks import images, text
+from tasks import files, images
 
 # ---- processes
 
@@ -104,7 +106,7 @@ def test_no_two_uses_in_a_run_draw_the_same_numbers(tmp_path, monkeypatch, metho
         seeds.setdefault(seed, set()).add((name, numbers))
         return seed
 
-    for module in (cli, data, run, images, text):
+    for module in (cli, data, run, images, files):
         monkeypatch.setattr(module, "stream", spy)
     stages = {"orca": ["--embedder-epochs", 3], "recraft": ["--align-epochs", 2, "--label-epochs", 2]}
     few = ["--n-train", 64, "--seed", 5, *stages.get(method, [])]
@@ -129,7 +131,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path):
     write(tmp_path / "a", b"one")
-    (tmp_path / "a.part").symlink_to("/dev/full")
+    (tmp_path / f"a.{os.getpid()}.part").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pare.py"])
         cli.guarded(write, tmp_path / "a", b"two")
@@ -137,10 +139,12 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path):
 
 
 def test_no_room_on_the_disk_is_said_and_nothing_is_lost(script, tmp_path):
-    folder = tmp_path / "spherical-naive-tiny-swin-s0-toy"
-    folder.mkdir(parents=True)
-    (folder / "last.pt.part").symlink_to("/dev/full")
-    error = script("finetune.py", *SHORT[:-1], 1, out=tmp_path, code=2)
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", lambda state, file: patch.setattr(os, "fsync", full) or file.write(b"state"))
+        error = script("finetune.py", *SHORT[:-1], 1, out=tmp_path, code=2)
     assert "no space left" in error and "last.pt" in error and "Traceback" not in error
     script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path)  # the disk has room again
 

@@ -6,12 +6,14 @@ import json
 import math
 import runpy
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 import tyro
 from helpers import METHODS, ROOT, here, result, weights
+from official import write_satellite
 from safetensors.torch import load_file, save_file
 
 import cli
@@ -54,7 +56,10 @@ class Split:
     """All that Run.start asks of a data.Split."""
 
     def __init__(self, kind, n):
-        self.kind, self.n = kind, n
+        self.kind, self.n, self.x, self.y, self.device = kind, n, None, None, "cpu"
+
+    def rows(self, part, index):
+        return torch.zeros(len(index))
 
     def __len__(self):
         return self.n
@@ -265,3 +270,39 @@ def test_help_and_the_table_of_tasks_in_an_ascii_terminal(monkeypatch):
                 assert not stop.code, script
             terminal.flush()
             assert ("--help" if options else "spherical") in terminal.buffer.getvalue().decode("ascii"), script
+
+
+# ---- one run, one process, one data set
+
+
+def test_a_second_process_does_not_write_to_the_folder_of_a_run(tmp_path):
+    folder = tmp_path / "spherical-probe-tiny-swin-s0-toy"
+    folder.mkdir()
+    code = f"import fcntl; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, 2); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(cli.UserError, match="another process is training this run"):
+            here(*PROBE, out=tmp_path)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        other.communicate(b"\n")
+    (folder / "last.pt.1.part").write_bytes(b"half, of a killed process")
+    here(*PROBE, out=tmp_path)
+    assert (folder / "result.json").exists() and not list(folder.glob("*.part"))
+
+
+def test_other_data_of_the_same_size_are_noticed(tmp_path):
+    command = ["finetune.py", "--task", "satellite", "--scale", "tiny", "--mode", "probe", "--epochs", 1, "--batch-size", 8]
+    (tmp_path / "none").mkdir()
+    write_satellite(tmp_path / "none")
+    here(*command, out=tmp_path)
+    (folder,) = tmp_path.glob("satellite-*")
+    (folder / "result.json").unlink()
+    here(*command, "--resume", out=tmp_path)  # the same data
+    (folder / "result.json").unlink()
+    write_satellite(tmp_path / "none")  # drawn anew
+    with pytest.raises(cli.UserError, match=r"checksums was \["):
+        here(*command, "--resume", out=tmp_path)
+    options = json.loads((folder / "args.json").read_text())
+    del options["checksums"]  # as an earlier version wrote it
+    (folder / "args.json").write_text(json.dumps(options))
+    here(*command, "--resume", out=tmp_path)

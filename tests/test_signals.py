@@ -1,5 +1,6 @@
 """Signals: ninapro, satellite, ecg, deepsea and fsd50k from their official files, whole and damaged."""
 
+import json
 import math
 import pickle
 import subprocess
@@ -250,6 +251,24 @@ def test_damaged_sounds_are_named(tmp_path):
     (tmp_path / "audio/chunks/tr_0_0.wav").unlink()
     with pytest.raises(cli.Missing, match="tr_0_0.wav"):
         full("fsd50k", tmp_path)
+    table = tmp_path / "audio/chunks/tr.csv"
+    whole = table.read_text()
+    for cut in range(len(whole) // 2, len(whole)):
+        table.write_text(whole[:cut])
+        with pytest.raises(cli.UserError, match="tr.csv"):
+            full("fsd50k", tmp_path)
+    (tmp_path / "audio/chunks/lbl_map.json").write_text(json.dumps({f"class{i}": i - 1 for i in range(200)}))
+    with pytest.raises(cli.UserError, match="lbl_map.json does not number its labels from 0 to 199"):
+        full("fsd50k", tmp_path)
     (tmp_path / "audio/chunks/lbl_map.json").write_text("{")
     with pytest.raises(cli.UserError, match="lbl_map.json is not a readable json"):
         full("fsd50k", tmp_path)
+
+
+def test_a_second_of_a_long_sound_is_that_of_the_whole(tmp_path):
+    sound = np.random.default_rng(0).integers(-3000, 3000, 70_000, np.int16)
+    for name, values in (("int", sound), ("float", np.float32(sound / 32768)), ("short", sound[:10_000])):
+        wavfile.write(tmp_path / "a.wav", signals.RATE, values)
+        for start in (0, 0.3, 0.999):
+            whole = signals.a_second(signals.read_wav(tmp_path / "a.wav"), start)
+            assert np.array_equal(signals.read_wav(tmp_path / "a.wav", start), whole) and len(whole) == signals.RATE, name

@@ -12,6 +12,7 @@ import torch
 from helpers import here, result, rows, weights
 
 import cli
+import plots
 import run
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -127,7 +128,7 @@ def test_a_run_may_be_tracked_from_its_middle_on(tmp_path, monkeypatch, given, p
 
 @pytest.mark.parametrize("package", MODULES)
 def test_rows_of_the_first_stage_come_under_their_own_names(tmp_path, given, package):
-    tracker = run.Tracker(package)
+    tracker = plots.Tracker(package)
     tracker.begin(tmp_path, {})
     stage1 = [{"stage": 1, "epoch": e, "distance": 1 / e} for e in (1, 2)]
     tracker.log(stage1)

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from run import write
+from run import damage, write
 from tasks import files, published
 from tools import references
 from tools.references import REFERENCES
@@ -164,7 +164,7 @@ def start(args, task, method, seed, device, context):
         with STARTING:
             process.join()
         if process.exitcode:
-            print(f"{task} {method} seed {seed} failed:\n{log.read_text()[-2000:]}", file=sys.stderr)
+            print(f"{task} {method} seed {seed} failed:\n{log.read_text(errors='replace')[-2000:]}", file=sys.stderr)
             return False
     if method in REFERENCES and not (work[-1] / "result.json").exists():
         print(f"{task} {method}: left out, this reference does not fit the task", file=sys.stderr, flush=True)
@@ -182,7 +182,7 @@ def options_of(chosen):
 def same_options(args):
     """Refuse an --out-dir with runs of a task with other options (UserError): they would be mistaken for the new ones."""
     note = Path(args.out_dir) / "options.json"
-    before = json.loads(note.read_text()) if note.exists() else {}
+    before = read_json(note) if note.exists() else {}
     chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
     for task in args.tasks:
         if task not in before and (others := sorted(note.parent.glob(f"{task}-*-s*[0-9]/result.json"))):
@@ -194,10 +194,17 @@ def same_options(args):
         file.write(json.dumps(before, indent=1).encode())
 
 
+def read_json(path):
+    """The dictionary in a file. Raises UserError if it is damaged."""
+    if wrong := damage(path):
+        raise cli.UserError(f"{path} {wrong}.\nRestore it, or remove it and the files beside it.")
+    return json.loads(path.read_text())
+
+
 def read(file):
     """The result.json of a run, with its learning rate "lr" and its "variant": the name of the method in variants.py."""
-    row, parent, options = json.loads(file.read_text()), file.parent.parent.name, file.with_name("args.json")
-    lr = json.loads(options.read_text())["lr"] if options.exists() else None  # references have none
+    row, parent, options = read_json(file), file.parent.parent.name, file.with_name("args.json")
+    lr = read_json(options)["lr"] if options.exists() else None  # references have none
     return row | {"lr": lr, "variant": parent if "-" in parent and parent in METHODS else row["method"]}
 
 
@@ -211,7 +218,7 @@ def read_results(path):
                     for row in csv.DictReader(file)]  # fmt: skip
     except FileNotFoundError as error:
         raise cli.UserError(f"{path} is missing.\nGive a results.csv of tools/reproduce.py.") from error
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise cli.UserError(f"{path} is not a results.csv of tools/reproduce.py.\nGive one, like docs/results.csv.") from error
 
 
@@ -222,7 +229,7 @@ def collect(out_dir, known=""):
     """
     rows = {}
     note = Path(out_dir) / "options.json"
-    chosen = json.loads(note.read_text()) if note.exists() else {}
+    chosen = read_json(note) if note.exists() else {}
     if known:
         same = lambda row, of: (row["options"], row["scale"]) == (options_of(of), of["scale"])
         rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)

@@ -12,7 +12,7 @@ data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for 
 run() { # NAME of the study ("", -1000, -2000), options of reproduce.py
   local rows=docs/results$1.csv known=()
   if [[ -e $rows ]]; then known=(--known "$rows"); fi
-  python tools/reproduce.py --seeds 3 --data-dir "$data" --out-dir "$runs$1" "${known[@]}" "${@:2}" || failed=1
+  python tools/reproduce.py --seeds 3 --data-dir "$data" --out-dir "$runs$1" ${known[@]+"${known[@]}"} "${@:2}" || failed=1
   cp "$runs$1/results.csv" "$rows"
 }
 
