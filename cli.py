@@ -54,7 +54,7 @@ class Args:
     seed: int = 0
     """random seed. Results of one seed are not reliable: report at least three"""
     init: Literal["copy", "random"] = "copy"
-    """initial target embedder: copied from the pretrained one, or random. Matters more than most methods: vary it first"""
+    """initial target embedder: copied from the pretrained one, or random. On images it matters more than most methods"""
     as_released: bool = False
     """follow the official code where it differs from the paper"""
     resume: bool = False

@@ -17,7 +17,7 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch: error on cifa
 docs/results.md has the commands and more.
 
 All modes share the recipe of ORCA's configuration, and the option --init: in ORCA's release the naive baseline also starts
-from another embedder than ORCA, which is worth more than most methods. `--as-released` reproduces that start:
+from another embedder than ORCA, which is worth more than most methods on images. `--as-released` reproduces that start:
 docs/paper-vs-code.md, O2.
 """
 

@@ -23,8 +23,8 @@ Published, spherical, full scale: 0.256.
 
 The text leaves open how L_mix and the loss on unmixed samples are combined: line 6 is the official code's. So is the start of
 the target embedder, which the text wants random: `--init`. The gate's gradient is straight-through as in the code, but of
-another relaxation, and in every epoch (P5, P23). Everywhere else the defaults are the text's; `--as-released` follows the code
-in P2 to P6 and P8: docs/paper-vs-code.md.
+another relaxation, and in every epoch (P5, P23). k0 of each task and the temperature are the code's. Everywhere else the
+defaults are the text's; `--as-released` follows the code in P2 to P6 and P8: docs/paper-vs-code.md.
 """
 
 import time

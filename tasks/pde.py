@@ -15,7 +15,7 @@ Random numbers are drawn on the CPU, whatever the device.
     shallow_water2d       radial finite volumes, HLL fluxes with limited slopes: order 2 where smooth, 1 at the shock
     diffusion_reaction2d  the finite volumes of the benchmark, Strang splitting into three exact flows: order 2 in time
 
-Mistakes of the benchmarks are corrected. `released=True` reproduces them where published numbers depend on them (docs/pde.md).
+Mistakes of the benchmarks are corrected. `released=True` reproduces those of the released files and loader (docs/pde.md).
 Shapes: B samples, n cells per row, m wave numbers. Each solver is tested against an independent reference.
 """
 

@@ -45,6 +45,7 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
     sgd    lr (sum g + wd w) = (accumulate lr) (mean g + wd / accumulate w): the same step with these values
     adam   invariant to the scale of the gradient, but weight decay is added to the gradient: wd / accumulate
     adamw  invariant to the scale of the gradient, weight decay is decoupled: no change
+           (both but for eps = 1e-8, which counts more where gradients are as small as that)
     clip   clipping the sum to clip is clipping the mean to clip / accumulate
     """
     lr = accumulate * lr if optimizer == "sgd" else lr
@@ -58,7 +59,7 @@ def both(orca, **pare):
     return {"orca": orca, "pare": replace(orca, **pare), "contrast": replace(orca, **pare)}
 
 
-# PaRe is published for NAS-Bench-360 only. Other tasks use the settings of ORCA, with the mixing of tasks of the same kind.
+# PaRe's configurations are released for NAS-Bench-360 only. Other tasks use the settings of ORCA, with the mixing of tasks of the same kind.
 IMAGE = dict(k_begin=2000 / 3136, k_end=500 / 3136)
 DENSE = dict(source="voc", k_begin=1000 / 3136, k_end=500 / 3136, mix_weight=0.3)
 SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 source tokens, or all target tokens if there are fewer
