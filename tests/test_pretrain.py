@@ -23,10 +23,10 @@ def pictures(tmp_path):
 
 def test_pretraining_writes_weights_that_are_a_backbone_and_their_card(script, pictures, tmp_path):
     small = ["--size", 16, "--window", 2, "--width", 32, "--depths", 1, 1, "--epochs", 1, "--batch-size", 100, "--no-compile"]
-    script("tools/pretrain.py", "images", "--data-dir", pictures, *small, out=tmp_path / "small")
-    card = (tmp_path / "small.md").read_text()
-    assert "400 training images (2 a class)" in card and "1 of 1 epochs" in card and not (tmp_path / "small.part").exists()
-    source = common.load_source(str(tmp_path / "small.safetensors"))
+    script("tools/pretrain.py", "images", "--data-dir", pictures, *small, out=tmp_path / "small0.5")
+    card = (tmp_path / "small0.5.md").read_text()
+    assert "400 training images (2 a class)" in card and "1 of 1 epochs" in card and not (tmp_path / "small0.5.part").exists()
+    source = common.load_source(str(tmp_path / "small0.5.safetensors"))
     assert (source.size, source.token_width, source.feature_width) == (16, 32, 64)
     assert source.encoder(source.embedder(torch.randn(2, 3, 64, 64))).shape == (2, 4, 64)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ import backbones
 import cli
 import data
 from run import write
+from tasks.files import read_text
 from tasks.images import read_tiny_imagenet, resized_crop_and_flip
 
 
@@ -215,9 +216,7 @@ def images(args):
         weights = {k: v.half() for k, v in model.state_dict().items()}
         rounded = backbones.build_swin(**architecture).to(device)
         rounded.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
-        path = Path(args.out).with_suffix(".safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, path, metadata={"architecture": json.dumps(architecture)})
+        write(path, to_safetensors(weights, {"architecture": json.dumps(architecture)}))
         score = top1(rounded)
         card = asdict(args) | {
             "name": path.stem,
@@ -240,7 +239,8 @@ def images(args):
             keep(part, args, model, optimizer, schedule, epoch + 1, before + time.time() - start)
         return score
 
-    part = Path(args.out).with_suffix(".part")
+    path = Path(args.out.removesuffix(".safetensors") + ".safetensors")
+    part = path.with_suffix(".part")
     first, before = resume(part, args, model, optimizer, schedule, device)
     for epoch in range(first, args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # a resumed training draws the same
@@ -320,7 +320,7 @@ def read_texts(data_dir):
             raise cli.UserError(f"{path} is not a complete zip file ({error}).\nRemove it or download it again.") from error
     conll = Path(data_dir) / "conll2003" / "train.txt"
     if conll.exists():
-        texts["conll2003"] = plain(conll.read_text())
+        texts["conll2003"] = plain(read_text(conll))
     if not any(texts.values()):
         raise cli.UserError(f"no text in {data_dir}.\nGive the folder with text/*.zip or conll2003/train.txt: --data-dir.")
     return texts
@@ -389,7 +389,7 @@ def text(args):
     texts = read_texts(args.data_dir)
     piece = min(PIECE, sum(map(len, texts.values())) // 100 + 1)  # characters per piece
     pieces = [t[i : i + piece] for t in texts.values() for i in range(0, len(t), piece)]
-    path = Path(args.out).with_suffix(".safetensors")
+    path = Path(args.out.removesuffix(".safetensors") + ".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([p for i, p in enumerate(pieces) if i % 50 != 49], args.vocabulary)
     entries = tokenizer.get_vocab_size()
@@ -454,7 +454,7 @@ def text(args):
         weights.pop("lm_head.decoder.bias", None)  # the same tensor as lm_head.bias
         rounded = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**architecture)).to(device).eval()
         rounded.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
-        save_file(weights, path, metadata={"architecture": json.dumps(architecture), "tokenizer": tokenizer.to_str()})
+        write(path, to_safetensors(weights, {"architecture": json.dumps(architecture), "tokenizer": tokenizer.to_str()}))
         scores = score(rounded)
         card = asdict(args) | scores | {
             "name": path.stem,
