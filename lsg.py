@@ -61,7 +61,7 @@ class Args(cli.Args):
     align_weight: float = 1.0
     """w_a. With --align-weight 0 --regularise-weight 0: naive fine-tuning"""
     regularise_weight: float | None = None
-    """w_r. Default: 8 (full, official), 0.5 (tiny: docs/results.md)"""
+    """w_r. Default: 8 (full, official), 0.5 (tiny: docs/measurements.md)"""
     edge_ratio: float = 0.003
     """r of line 2: share of the n^2 pairs of nodes that become edges between classes"""
     gcn_steps: int | None = None

@@ -59,7 +59,7 @@ def both(orca, **pare):
     return {"orca": orca, "pare": replace(orca, **pare), "contrast": replace(orca, **pare)}
 
 
-# PaRe's configurations are released for NAS-Bench-360 only. Other tasks use the settings of ORCA, with the mixing of tasks of the same kind.
+# PaRe's configurations are released for NAS-Bench-360 only. Other tasks use ORCA's, with the mixing of tasks of the same kind.
 IMAGE = dict(k_begin=2000 / 3136, k_end=500 / 3136)
 DENSE = dict(source="voc", k_begin=1000 / 3136, k_end=500 / 3136, mix_weight=0.3)
 SEQUENCE = dict(k_begin=1.0, mix_weight=0.1)  # all 32 source tokens, or all target tokens if there are fewer
@@ -176,7 +176,7 @@ def openml(number):
 
 
 # The tiny scale has one recipe for each kind of task, the same for all methods: no method is tuned separately. An epoch is a
-# fixed number of optimizer steps, whatever the number of samples. docs/results.md explains the choice.
+# fixed number of optimizer steps, whatever the number of samples. docs/measurements.md explains the choice.
 TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20,
               max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, align_epochs=20,
               label_epochs=3, regularise_weight=0.5, n_train=10_000)  # fmt: skip

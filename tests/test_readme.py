@@ -71,8 +71,7 @@ CONTRAST = "contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contra
     "file, study, methods",
     [("docs/results.md", "-1000", [EVERY_METHOD, f"{EVERY_METHOD} boosting logistic", CONTRAST]),
      ("docs/results.md", "", [None, None]),
-     ("docs/why-orca.md", "-1000", ["orca mona naive warmup scratch naive-bias orca-bias orca-shuffled"]),
-     ("docs/results-unconverged.md", "-unconverged", [None] * 9)],
+     ("docs/why-orca.md", "-1000", ["orca mona naive warmup scratch naive-bias orca-bias orca-shuffled"])],
 )  # fmt: skip
 def test_every_table_of_a_task_is_that_of_its_rows(file, study, methods, capsys):
     text, rows = (ROOT / file).read_text(), measured(study)
@@ -179,14 +178,13 @@ def test_the_measured_errors_in_a_docstring_are_of_their_rows(method):
 
 def test_every_mean_and_spread_in_the_docs_is_one_of_results_csv():
     rows, text = measured("-unconverged"), (ROOT / "docs/results-unconverged.md").read_text()
-    text = text[: text.index("## More samples")]  # its runs are of earlier commits, and not in the file
     groups = {}
     for row in rows:
         for which in ("test", "test_last"):
             groups.setdefault((row["task"], row["method"], which), []).append(row[which])
     known = {reproduce.spread(values) for values in groups.values()}
     shown = set(re.findall(r"(?<![+-])\d\.\d{4} ± \d\.\d{4}", text))  # with a sign: a difference
-    assert len(shown) > 200 and shown <= known, shown - known
+    assert len(shown) > 60 and shown <= known, shown - known
 
 
 def test_the_table_of_learning_rates_is_that_of_rates_csv():
@@ -208,5 +206,10 @@ def test_nothing_is_left_to_be_filled_in():
 
 def test_links_lead_somewhere():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "weights").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
-            assert "://" in target or not target or (path.parent / target).exists(), f"{path.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text()):
+            file = path.parent / target if target else path
+            assert "://" in target or file.exists(), f"{path.name}: {target}"
+            if anchor and file.suffix == ".md":
+                titles = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+                anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, f"{path.name}: {target}#{anchor}"

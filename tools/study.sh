@@ -30,6 +30,7 @@ run "${series[@]}" --methods naive orca naive-bias orca-shuffled orca-bias contr
 run "${series[@]}" --methods "${methods[@]}"
 run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
 run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
+run "${images[@]}" --methods naive-released naive-test orca-released pare-released naive-mean naive-sum
 run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise
 run "${series[@]}" --methods boosting logistic
 run -2000 --tasks cifar100 --n-train 2000 --options="--steps-per-epoch 30" --methods naive norms lora
