@@ -27,6 +27,9 @@ LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32 - 1, "gate_noise": 1e3, "clip
            "cutmix": 1, "crop": 1, "label_smoothing": 1}  # fmt: skip
 
 
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT}
+
+
 class UserError(Exception):
     """A mistake the user can fix: one or two lines that say what, where and what to do; exit code 2."""
 
@@ -149,10 +152,22 @@ def reason(error):
     return (message or type(error).__name__).splitlines()[0][:90]
 
 
+def closed(stream):
+    """Does nobody read what is printed any more?"""
+    try:
+        stream.write("\n")  # a flush of nothing would not tell
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def guarded(main, *args):
     """Call `main`; report a UserError, a file that cannot be opened, a full disk or a full GPU in two lines, exit code 2."""
     try:
-        return main(*args)
+        result = main(*args)
+        sys.stdout.flush()
+        return result
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
@@ -165,9 +180,9 @@ def guarded(main, *args):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT):
+        elif error.filename and error.errno in NO_ACCESS:
             message = f"{error.filename}: {error.strerror}.\nCheck its permissions, or give another path."
-        elif error.errno == errno.EPIPE:  # `| head` has read enough
+        elif error.errno == errno.EPIPE and closed(sys.stdout):  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed goes nowhere
             raise SystemExit(141) from None
         else:

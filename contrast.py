@@ -156,7 +156,6 @@ def printed_loss(z, y, correlations):
     return -torch.log(over_class((cosines * same).sum(1)) / over_class((cosines * lam).sum(1))).mean()
 
 
-@torch.compiler.set_stance("force_eager")  # batches of other sizes: --compile is for stage 2
 def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     """Stage 1: trains `embedder`, and nothing else (lines 1 to 4).
 
@@ -290,7 +289,9 @@ def main(args):
             with run.autocast():
                 return (model.encoder(embedder(x)) if deep else embedder(x)).float()  # (B, n, F)
 
-        rows = learn_embedder(embedder, encode, train, data.class_labels(train, seed=args.seed), args, run.progress, run.rank)
+        y = data.class_labels(train, seed=args.seed)
+        with run.eager():
+            rows = learn_embedder(embedder, encode, train, y, args, run.progress, run.rank)
         run.keep_stage1(rows, embedder=embedder)
         said = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
         print(f"contrast {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")

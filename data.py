@@ -93,7 +93,7 @@ class Proxy:
     shape: tuple[int, ...]  # of an image, or (words,)
     target: Literal["class", "field"]
     output: tuple[int, ...]
-    read: Callable  # (data_dir, n, seed) -> x, y and, for text, the number of labels
+    read: Callable  # (data_dir, n, seed) -> x, y; of text: (data_dir, n, seed, tokenizer) -> x, y, number of labels
     toy: Callable  # (n, seed) -> the same
     download: str
     loss: Callable = scores.cross_entropy
@@ -419,6 +419,7 @@ class Split:
 
     def in_order(self, parts):
         """x, y of the samples of each index in `parts`, not augmented. What lies in files is read a part ahead."""
+        parts = [part.cpu() for part in parts] if self.lazy else parts  # now, while the device is free
         read = lambda i: (self.rows(self.x, parts[i]), self.targets(parts[i]))
         for x, y in files.read_ahead(read, len(parts)) if self.lazy else map(read, range(len(parts))):
             yield self._prepare(x, None), y

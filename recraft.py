@@ -134,7 +134,6 @@ def released_groups(y_t, args, generator):
         yield from ((g, len(members) / len(y_t) * len(g) / batches) for g in groups if 2 * len(g) >= args.label_samples)
 
 
-@torch.compiler.set_stance("force_eager")  # batches of many sizes: --compile is for stage 2
 def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter):
     """Stage 1: trains `embedder`, and nothing else (lines 2 to 4).
 
@@ -158,9 +157,9 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
     def measure(start):
         with torch.no_grad():
             p, y = predict(fixed), y_t[fixed].to(u_s.device)  # (m, K_s), (m,)
-            chance = [entropies(joint_table(p, y.roll(i), classes))[2] for i in range(1, 11)]
+            chance = [entropies(joint_table(p, y.roll(i), classes))[2] for i in range(1, min(11, len(y)))]
             of_labels = entropies(joint_table(p, y, classes))
-            found = distance(embed_all(embedder, train, fixed)), *of_labels, sum(chance) / len(chance)
+            found = distance(embed_all(embedder, train, fixed)), *of_labels, sum(chance) / max(1, len(chance))
         row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"), map(float, found), strict=True))
         if not all(math.isfinite(value) for value in row.values()):
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")
@@ -245,7 +244,8 @@ def main(args):
         print(f"RECRAFT {right:.2f} of the source's labels are predicted; the most frequent one is {chance:.2f} of them")
         if right < chance + 0.1:
             print("        That is near chance: such predictions say little about target labels.")
-        rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, run.progress)
+        with run.eager():
+            rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, run.progress)
         run.keep_stage1(rows, embedder=embedder)
         begin, end = rows[0], rows[-1]
         said = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in list(begin)[1:-1])

@@ -156,24 +156,30 @@ def write(path, content):
 def lock(folder):
     """Keep other processes from writing to a run's folder as long as the returned file is open. Raises UserError if one does.
 
-    Does nothing where there are no such locks: on Windows and some network drives.
+    Does nothing where there are no such locks: on Windows, some network drives, and where nothing can be written.
     """
-    file = (folder / ".lock").open("w")
     try:
         import fcntl
 
+        file = (folder / ".lock").open("w")
+    except (ImportError, OSError):
+        return None
+    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"{folder}: another process is training this run.\nWait for it, or give another --out-dir.") from error
-    except (ImportError, OSError):
+    except OSError:
         pass
     return file
 
 
 def checksum(split):
     """CRC-32 of the first samples of a Split, by which --resume notices other data of the same size."""
-    first = torch.arange(min(8, len(split)), device=split.device)
-    return zlib.crc32(b"".join(split.rows(part, first).cpu().numpy().tobytes() for part in (split.x, split.y)))
+    crc = 0
+    for index in torch.arange(min(8, len(split)), device=split.device).split(1):  # one at a time: psicov's have 57 MB
+        for part in (split.x, split.y):
+            crc = zlib.crc32(split.rows(part, index).cpu().numpy(), crc)
+    return crc
 
 
 def seed_everything(name, *numbers):
@@ -281,27 +287,35 @@ class Run:
         if args.batch_size > max(64, n):  # 64 is the largest published batch; small sets are repeated to fill one
             raise UserError(f"--batch-size {args.batch_size:,} is more than the {n:,} training samples.\nGive a smaller one.")
         identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
-        identity["checksums"] = [checksum(split) if split.kind == "official" else None for split in splits]
         self.kind = "toy" if "toy" in kinds else kinds[0]
         toy = "-toy" if self.kind == "toy" else ""
         backbone = Path(args.backbone).name.replace(":", "_").removesuffix(".safetensors")
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         self.stage1_file = self.folder / "stage1.safetensors"
-        finished = [self.rank == 0 and self.finished_before(identity)]
-        if self.world > 1:  # the first process looks for all: others may see an older state of a network drive
-            torch.distributed.broadcast_object_list(finished)
-            if not (self.folder / "args.json").exists():
-                raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
+        found = [False, None]  # the first process looks for all: others may see an older state of a network drive
+        if self.rank == 0:
+            try:
+                found[0] = self.finished_before(identity, splits)
+            except UserError as error:
+                found[1] = str(error)
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(found)
+        finished, wrong = found
+        if wrong:
+            raise UserError(wrong)
+        if not (self.folder / "args.json").exists():
+            raise UserError(f"{args.out_dir} is another folder here than on the first node: give one that all nodes share.")
         processes = f", {self.world} processes" * (self.world > 1)
-        if not finished[0]:
+        if not finished:
             print(f"run     {self.folder}  ({args.scale} scale, {self.device.type}, {self.precision}{processes})")
-        return not finished[0]
+        return not finished
 
-    def finished_before(self, identity):
+    def finished_before(self, identity, splits):
         """Take the folder for this run; True if the run is finished already. Raises UserError as `start` does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
+        identity |= {"checksums": [checksum(split) if split.kind == "official" else None for split in splits]}
         if self.begun():
             if not self.args.resume:
                 state = (
@@ -317,9 +331,9 @@ class Run:
                 if k not in free and before.get(k) != json.loads(json.dumps(v))
             ]
             if other:
+                same = "data" if other[0].startswith("checksums") else "options"
                 raise UserError(
-                    f"{self.folder} holds another run: {'; '.join(other[:4])}.\n"
-                    "Repeat its options, or choose another --out-dir."
+                    f"{self.folder} holds another run: {'; '.join(other[:4])}.\nRepeat its {same}, or choose another --out-dir."
                 )
         if self.result_file.exists():
             print(f"{self.result_file.read_text()}\nfinished before: {self.result_file}")
@@ -365,6 +379,10 @@ class Run:
 
     def autocast(self):
         return autocast(self.device, self.precision)
+
+    def eager(self):
+        """Leaves --compile out, where batches of many sizes would be compiled again and again."""
+        return torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
 
     def distribute(self, module):
         """On the device, and gradients averaged over the processes if there are several.
@@ -417,15 +435,13 @@ class Run:
         as `answers`, in the order of the split, until the next call.
         """
         model.eval()
-        # the last batch is smaller: not worth compiling again. Importing the compiler takes seconds, so only if it is used
-        eager = torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
         out, y = [], []
         chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
         every = torch.arange(len(split), device=self.device)
         own = every[self.rank :: self.world]
         parts = (own if len(own) else every[:1]).split(chunk)  # more processes than samples: an answer that is not used
         for x, targets in split.in_order(parts):  # in fp32, as in training
-            with self.autocast(), eager:
+            with self.autocast(), self.eager():
                 out.append(model(x).float().cpu())
             y.append(targets.cpu())
         out, y = (torch.cat(parts)[: len(own)].numpy() for parts in (out, y))

@@ -108,22 +108,26 @@ def read_psicov(data_dir, cache):
         names = ("ss", "pssm", "sa", "entropy", "ccmpred", "freecon", "potential")
         ss, pssm, sa, entropy, *pairs = unpickle_entries(path, *names)
         with reading(path, "set of protein features"):
-            each = np.concatenate([ss, np.transpose(pssm), [sa], [entropy]])[:, : SIDE - PAD]  # (3 + 22 + 1 + 1, n)
-            n = each.shape[1]  # residues, without those that are cut off
+            each, m = np.concatenate([ss, np.transpose(pssm), [sa], [entropy]]), len(entropy)  # (3 + 22 + 1 + 1, m)
+            if wrong := [np.shape(pair) for pair in pairs if np.shape(pair) != (m, m)]:
+                raise ValueError(f"a pair feature {wrong[0]} of {m} residues")
+            each, n = each[:, : SIDE - PAD], min(m, SIDE - PAD)  # (27, n): the end of a long protein is cut off
             inside = x[:, PAD : PAD + n, PAD : PAD + n]  # (57, n, n), filled in place: copies would take most of the time
             inside[0:54:2], inside[1:54:2] = each[:, None], each[:, :, None]  # the value of residue j in column j, in row j
             for i, pair in enumerate(pairs):
                 inside[54 + i] = np.asarray(pair)[: SIDE - PAD, : SIDE - PAD]
             np.nan_to_num(inside, copy=False, posinf=np.inf, neginf=-np.inf)  # infinities are refused later
 
+    residues = functools.cache(lambda path: len(unpickle_entries(path, "entropy")[0]))
+
     def distances(paths, y):  # y (512, 512)
-        path, features = paths
-        content, (entropy,) = unpickle(path), unpickle_entries(features, "entropy")
+        path, of_features = paths
+        content, wanted = unpickle(path), residues(of_features)
         with reading(path, "distance map"):
             d = np.asarray(content[2], np.float32)
             m, n = len(d), min(len(d), SIDE - PAD)
-            if m != len(entropy):
-                raise ValueError(f"{m} residues, {len(entropy)} in {features.name}")
+            if m != wanted:
+                raise ValueError(f"{m} residues, {wanted} in {of_features.name}")
             padded = np.pad(d, ((0, 0), (1, 1)), constant_values=np.nan)  # (m, m + 2)
             i = np.arange(m)
             neighbours = [padded[i, i], padded[i, i + 2]]  # left and right of the diagonal; the first and last have one

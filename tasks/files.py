@@ -132,6 +132,13 @@ def present(download, data_dir):
     return all(found(pattern) for pattern in download.gives)
 
 
+def size_said(headers, have=0):
+    """The size of the whole file that a server names, of which `have` bytes are here; 0 if it names none."""
+    whole = headers.get("Content-Range", "").rpartition("/")[2]
+    length = headers.get("Content-Length", "")
+    return int(whole) if whole.isdecimal() else int(length) + have if length.isdecimal() else 0
+
+
 def other_checksum(download, path):
     """The checksum of a file, in words, if it is not the one known for this download; else None."""
     if not download.md5:
@@ -157,7 +164,7 @@ def fetch(download, data_dir):
             request = urllib.request.Request(download.url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 resumed = answer.status == 206
-                total = int(answer.headers.get("Content-Length", 0)) + have * resumed
+                total = size_said(answer.headers, have * resumed)
                 with (
                     part.open("ab" if resumed else "wb") as file,
                     tqdm(desc=path.name, total=total or None, initial=have * resumed, unit="B", unit_scale=True) as bar,
@@ -170,7 +177,7 @@ def fetch(download, data_dir):
                 raise UserError(
                     f"{download.url} answers {error.code}.\nDownload it by hand{by_hand}: {path}, {download.megabytes:,} MB."
                 ) from error
-            total = int(error.headers.get("Content-Range", f"*/{have}").rpartition("/")[2])
+            total = size_said(error.headers) or have
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -118,7 +118,10 @@ def read_wav(path, start=None):
     from scipy.io import wavfile
 
     with reading(path, "wav file"):
-        rate, sound = wavfile.read(path, mmap=start is not None)
+        try:
+            rate, sound = wavfile.read(path, mmap=start is not None)
+        except ValueError:  # samples of 24 bits cannot be mapped
+            rate, sound = wavfile.read(path)
     if rate != RATE or sound.ndim != 1 or len(sound) == 0:
         raise UserError(f"{path} has {rate} Hz and shape {sound.shape}; expected one channel at {RATE} Hz.")
     sound = sound if start is None else a_second(sound, start)
@@ -166,7 +169,7 @@ def read_fsd50k(data_dir, cache):
             content = read_text(path)
             rows = [(row["files"], row["labels"], row["ext"]) for row in csv.DictReader(io.StringIO(content))]
             if not content.endswith("\n") or not all(map(all, rows)):
-                raise ValueError("a line is cut short")
+                raise ValueError("its last line has no end, or a line lacks an entry: cut short?")
             tail = rows[0][0][4:].lstrip("/")  # the first four characters stand for the folder, which is searched for
         roots = [root for root in list(path.parents)[:4] if (root / tail).exists()]
         if not roots:

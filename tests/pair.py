@@ -64,7 +64,7 @@ def alignments():
         args = data.complete(orca.Args(scale="tiny", backbone="tiny-swin", embedder_epochs=2, **options), "orca", "tiny")
         embedder = common.Embedder2d(3, 8, 16).double()
         x = torch.rand(90, 3, 16, 16, dtype=torch.float64)
-        train = SimpleNamespace(inputs=lambda index, x=x: x[index])
+        train = SimpleNamespace(inputs=lambda index, x=x: x[index], chunk=256)
         u_s, y = torch.randn(30, 8, dtype=torch.float64), torch.arange(90) % 7
         history = orca.align(embedder, u_s, torch.arange(30) % 4, train, y, args)
         found += [torch.tensor([row["distance"] for row in history]), *embedder.state_dict().values()]
@@ -75,8 +75,7 @@ class Numbers(list):
     """A split whose inputs are these numbers, and its targets their negatives."""
 
     chunk = 2
-    inputs = lambda self, index: torch.tensor(self)[index]
-    targets = lambda self, index: -torch.tensor(self)[index]
+    in_order = lambda self, parts: ((torch.tensor(self)[index], -torch.tensor(self)[index]) for index in parts)
 
 
 class NotOfNothing(torch.nn.Identity):
@@ -91,7 +90,8 @@ def answers():
     """What evaluation keeps, of seven samples and of one, of which the second process has none."""
     rank, world = run.processes()
     args = SimpleNamespace(compile=False, batch_size=2)
-    this = SimpleNamespace(rank=rank, world=world, args=args, device="cpu", autocast=contextlib.nullcontext)
+    nothing = contextlib.nullcontext
+    this = SimpleNamespace(rank=rank, world=world, args=args, device="cpu", autocast=nothing, eager=nothing)
     found = []
     for n in (7, 1):
         run.Run.evaluate(this, NotOfNothing(), Numbers(range(n)), SimpleNamespace(score=lambda out, y: 0.0))

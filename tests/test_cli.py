@@ -112,6 +112,14 @@ def test_an_empty_folder_name_is_refused(script, tmp_path):
     assert "--data-dir is empty" in script("pare.py", "--data-dir", "", out=tmp_path, code=2)
 
 
-def test_a_closed_pipe_ends_quietly():
-    done = subprocess.run(f"{sys.executable} data.py | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("task") and not done.stderr
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_closed_pipe_ends_quietly(buffered):
+    code = "import cli, time; cli.guarded(lambda: [time.sleep(1), print('x' * 3000)])"
+    command = f"PYTHONUNBUFFERED={buffered} {sys.executable} -c {code!r} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
+def test_a_broken_connection_is_shown():
+    with pytest.raises(BrokenPipeError):  # stdout is open
+        cli.guarded(lambda: exec("raise BrokenPipeError(32, 'of a server')"))

@@ -106,6 +106,10 @@ def test_proteins_whose_files_do_not_agree_are_named(tmp_path):
     folder = tmp_path / "protein/psicov"
     path = folder / "features/psicov31.pkl"
     content = pickle.loads(path.read_bytes())
+    broken = content | {"potential": np.zeros((1, 31))}
+    path.write_bytes(pickle.dumps(broken))
+    with pytest.raises(cli.UserError, match=r"psicov31.pkl is not a readable set .*a pair feature \(1, 31\) of 31 residues"):
+        full("psicov", tmp_path).test.inputs(torch.tensor([1]))
     content["entropy"][4] = -np.inf
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(cli.UserError, match="psicov, test set: x: sample 1 has -inf"):

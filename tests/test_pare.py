@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import SHORT, here, result, rows, weights
@@ -211,13 +212,19 @@ def test_k_does_not_rise(tmp_path):
     assert pare.limits(args, 64, 64) == [58, 32] and pare.limits(args, 512, 32) == [32, 32]  # at most N_s
 
 
-@pytest.mark.parametrize("source, same", [("voc", True), ("cifar10", False)])
+@pytest.mark.parametrize(
+    "source, output, same", [("voc", (128, 128), True), ("voc", (2, 8, 8), False), ("cifar10", (128, 128), False)]
+)
 @pytest.mark.parametrize("method", ["pare", "contrast"])
-def test_fields_and_masks_share_one_predictor(tmp_path, monkeypatch, method, source, same):
+def test_fields_and_masks_share_one_predictor(tmp_path, monkeypatch, method, source, output, same):
     def stop(self, net):
         raise KeyboardInterrupt(net.predictor_s is net.model.predictor)
 
     monkeypatch.setattr(run.Run, "distribute", stop)
+    cosmic = data.TASKS["cosmic"]
+    toy = lambda n, seed: (cosmic.toy(n, seed=seed)[0], np.zeros((n, *output), np.float32))
+    changed = data.replace(cosmic, output=output, toy=toy, loss=data.scores.relative_l2)
+    monkeypatch.setitem(data.TASKS, "cosmic", changed)
     options = ["--task", "cosmic", "--scale", "tiny", "--n-train", 8, "--source", source]
     with pytest.raises(KeyboardInterrupt) as stopped:
         here(method, *options, *(["--contrast-epochs", 0] if method == "contrast" else []), out=tmp_path)

@@ -1,6 +1,7 @@
 """What keeps a run: optimizer and schedule, random streams, files, resuming, a disk without room."""
 
 import errno
+import functools
 import json
 import os
 import sys
@@ -213,6 +214,7 @@ def test_a_compiled_encoder_is_one_graph_and_is_compiled_once_for_every_use():
         split = data.Split(x[:3].numpy(), y[:3].numpy(), 10, "toy", data.TASKS["spherical"], "cpu")
         run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), autocast=torch.no_grad)
         run.args = SimpleNamespace(batch_size=4, compile=True)
+        run.eager = functools.partial(Run.eager, run)
         Run.evaluate(run, model, split, data.TASKS["spherical"])  # another batch size: not compiled
         model.train()
     assert counter.frame_count == 1  # a graph break would make two

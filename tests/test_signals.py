@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+import wave
 import zipfile
 
 import numpy as np
@@ -272,3 +273,8 @@ def test_a_second_of_a_long_sound_is_that_of_the_whole(tmp_path):
         for start in (0, 0.3, 0.999):
             whole = signals.a_second(signals.read_wav(tmp_path / "a.wav"), start)
             assert np.array_equal(signals.read_wav(tmp_path / "a.wav", start), whole) and len(whole) == signals.RATE, name
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:  # 24 bits
+        file.setparams((1, 3, signals.RATE, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).bytes(3 * 70_000))
+    whole = signals.a_second(signals.read_wav(tmp_path / "a.wav"), 0.3)
+    assert np.array_equal(signals.read_wav(tmp_path / "a.wav", 0.3), whole)

@@ -376,6 +376,10 @@ MUTATIONS = {
          "test_1d_fields_are_the_values_of_each_tokens_time_steps"),
     ],
     "run.py": [
+        ("no lock", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN",
+         "test_a_second_process_does_not_write_to_the_folder_of_a_run"),
+        ("other data are not noticed", 'if split.kind == "official" else None', "if False else None",
+         "test_other_data_of_the_same_size_are_noticed"),
         ("answers of several processes out of order", "np.concatenate(parts)[order]", "np.concatenate(parts)", PROCESSES),
         ("a process without samples evaluates none", "own if len(own) else every[:1]", "own", PROCESSES),
         ("schedule counts micro-batches", "n = math.ceil(steps / args.accumulate)", "n = steps",
@@ -498,6 +502,8 @@ MUTATIONS = {
          "test_rows_of_a_table_have_its_categories"),
     ],
     "tasks/fields.py": [
+        ("map and features of different proteins", "if m != wanted", "if False",
+         "test_proteins_whose_files_do_not_agree_are_named"),
         ("darcy scaled by the test set", "mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5",
          "mean, std = a_test.mean(0), a_test.std(0, ddof=1) + 1e-5",
          "test_darcy_is_every_fifth_point_normalised_by_training_pixels"),
@@ -516,6 +522,7 @@ MUTATIONS = {
     ],
     "tasks/files.py": [
         ("half a file may stay", "part.unlink(missing_ok=True)", "pass", "test_a_full_disk_leaves_no_part_of_an_array"),
+        ("a file is written in place", 'part.open("wb")', 'path.open("wb")', "test_a_full_disk_keeps_what_was_saved"),
         ("of samples in files of their own only the first", "read(paths[row], x[i])", "read(paths[row], x[0])",
          "test_psicov_pairs_features_of_rows_and_columns"),
         ("a longer file is taken", "if size > total > 0", "if False",
