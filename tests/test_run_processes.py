@@ -62,6 +62,16 @@ def test_torchrun_gives_what_processes_of_ours_give(two, tmp_path):
     same(two / "finetune/spherical-naive-tiny-swin-s0-toy", tmp_path / "spherical-naive-tiny-swin-s0-toy")
 
 
+def test_every_process_refuses_a_run_that_is_there_already(two, tmp_path):
+    command = ["pare.py", *map(str, UNUSED), "--data-dir", "none", "--out-dir", str(two / "unused")]
+    (tmp_path / "commands.json").write_text(json.dumps([command]))
+    torchrun = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    processes = [fork(pair.main, tmp_path, RANK=rank, LOCAL_RANK=rank, **torchrun) for rank in (0, 1)]
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [2, 2]  # not a traceback
+
+
 def test_first_stages_their_gradients_and_evaluation_are_those_of_one_process(two):
     alone = [pair.shared_sums(), pair.meta_gradients(), pair.alignments(), pair.answers()]
     for rank in range(2):
