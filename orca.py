@@ -17,7 +17,7 @@ until embedded target data lie close to embedded source data of the same kind of
     python orca.py --task spherical
 
 Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tuning in parentheses: error on cifar100
-0.783 ± 0.003 (0.783 ± 0.005), on satellite 0.378 ± 0.010 (0.417 ± 0.012). docs/results.md has the commands and more.
+0.783 ± 0.003 (0.783 ± 0.005), on satellite 0.378 ± 0.012 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.299.
 
 Line 3 has all target classes in one problem, as OTDD is defined; so has the tiny scale. The full scale has ten in each,

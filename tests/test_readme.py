@@ -93,6 +93,13 @@ def test_the_tables_of_variants_are_those_of_their_rows(capsys):
         assert capsys.readouterr().out == block and len(variants) > 4
 
 
+def test_the_table_of_compute_is_that_of_its_rows(capsys, tmp_path):
+    files = tuple(str(ROOT / f"docs/results-1000{steps}.csv") for steps in ("", "-5", "-30", "-45"))
+    charts.main(charts.Args("compute", files, out=str(tmp_path), methods=("naive", "pare", "orca", "mona")))
+    *table, _ = capsys.readouterr().out.splitlines(keepends=True)  # and the path of the picture
+    assert "".join(table) in (ROOT / "docs/results.md").read_text() and len(table) > 9
+
+
 def test_the_table_of_readme_is_that_of_its_rows(capsys):
     files = tuple(str(ROOT / f"docs/results{study}.csv") for study in ("-1000", ""))
     charts.main(charts.Args("table", files, methods=tuple(EVERY_METHOD.split())))

@@ -52,7 +52,8 @@ class Args:
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
-    """table, details, sizes, compute: methods to show. Default: all; of sizes and compute, those with runs at several x"""
+    """table, details, sizes, compute: methods to show. Default: all; of sizes and compute, those with runs at several x.
+    Tasks where none of them has such runs are left out"""
     out_dir: str = "runs"
     """gate, ablation: runs of tools/reproduce.py"""
     task: str = "spherical"
@@ -240,7 +241,7 @@ def against(args):
     for task, methods in errors_of(rows, "task", "method", "x").items():
         methods = {method: at for method, at in methods.items() if method in wanted and (args.methods or len(at) > 1)}
         points[task] = {method: methods[method] for method in known_methods(rows) if method in methods}
-    points = {task: methods for task, methods in points.items() if methods}
+    points = {task: methods for task, methods in points.items() if any(len(at) > 1 for at in methods.values())}
     if not points:
         raise cli.UserError(f"{args.what}: no method has runs at two places.\nGive more files of results.")
     if args.what == "compute" and any(len({row["n_train"] for row in of(rows, task=task)}) > 1 for task in points):

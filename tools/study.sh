@@ -43,8 +43,9 @@ for n in 100 300; do
 done
 run -3000 --tasks cifar100 --n-train 3000 --options="--steps-per-epoch 45 --lr 1e-3" --methods "${few[@]}"
 run -3000 --tasks satellite --n-train 3000 --options="--steps-per-epoch 80" --methods "${few[@]}"
-for steps in 5 45; do
-  run -1000-$steps --tasks cifar100 --n-train 1000 --options="--steps-per-epoch $steps --lr 1e-3" --methods "${few[@]}"
+run -1000-5 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 5 --lr 1e-3" --methods naive pare orca mona
+for steps in 30 45; do # naive fine-tuning with the compute of PaRe, and with more
+  run -1000-$steps --tasks cifar100 --n-train 1000 --options="--steps-per-epoch $steps --lr 1e-3" --methods naive
 done
 run -1000-10 --tasks satellite --n-train 1000 --options="--steps-per-epoch 10" --methods "${few[@]}"
 
