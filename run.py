@@ -570,6 +570,7 @@ class Run:
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
             self.write_best(from_safetensors(self.best_file.read_bytes()), **about)  # not mapped: Windows replaces no such file
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
+            (self.folder / ".lock").unlink(missing_ok=True)
             if self.tracker:
                 self.tracker.end(result)
         print(f"test {task.metric} {test:.4f} (epoch {self.best_epoch}, chosen on validation), {test_last:.4f} (last epoch)")

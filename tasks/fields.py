@@ -104,7 +104,7 @@ def read_psicov(data_dir, cache):
     looks at true distances up to 8 A only. A protein of more than 507 residues loses its end.
     """
 
-    def features(path, x):  # x (57, 512, 512)
+    def features(path):
         names = ("ss", "pssm", "sa", "entropy", "ccmpred", "freecon", "potential")
         ss, pssm, sa, entropy, *pairs = unpickle_entries(path, *names)
         with reading(path, "set of protein features"):
@@ -112,15 +112,17 @@ def read_psicov(data_dir, cache):
             if wrong := [np.shape(pair) for pair in pairs if np.shape(pair) != (m, m)]:
                 raise ValueError(f"a pair feature {wrong[0]} of {m} residues")
             each, n = each[:, : SIDE - PAD], min(m, SIDE - PAD)  # (27, n): the end of a long protein is cut off
+            x = np.zeros((57, SIDE, SIDE), np.float32)
             inside = x[:, PAD : PAD + n, PAD : PAD + n]  # (57, n, n), filled in place: copies would take most of the time
             inside[0:54:2], inside[1:54:2] = each[:, None], each[:, :, None]  # the value of residue j in column j, in row j
             for i, pair in enumerate(pairs):
                 inside[54 + i] = np.asarray(pair)[: SIDE - PAD, : SIDE - PAD]
             np.nan_to_num(inside, copy=False, posinf=np.inf, neginf=-np.inf)  # infinities are refused later
+        return x
 
     residues = functools.cache(lambda path: len(unpickle_entries(path, "entropy")[0]))
 
-    def distances(paths, y):  # y (512, 512)
+    def distances(paths):
         path, of_features = paths
         content, wanted = unpickle(path), residues(of_features)
         with reading(path, "distance map"):
@@ -133,8 +135,9 @@ def read_psicov(data_dir, cache):
             neighbours = [padded[i, i], padded[i, i + 2]]  # left and right of the diagonal; the first and last have one
             d = d.copy()
             d[i, i] = np.nanmean(neighbours, axis=0)
-            y.fill(FAR)
+            y = np.full((SIDE, SIDE), FAR, np.float32)
             y[PAD : PAD + n, PAD : PAD + n] = np.nan_to_num(d, nan=FAR)[:n, :n].clip(1, FAR)
+        return y
 
     splits = []
     for name in ("deepcov", "psicov"):
@@ -144,7 +147,7 @@ def read_psicov(data_dir, cache):
         if missing := [p for p in x + y if not p.exists()]:
             raise Missing(f"no {missing[0]} ({len(missing)} of the files that {path} names).")
         y = list(zip(y, x, strict=True))
-        splits.append((of_files(features, x, (57, SIDE, SIDE)), of_files(distances, y, (SIDE, SIDE))))
+        splits.append((of_files(features, x), of_files(distances, y)))
     return *splits, "official"
 
 

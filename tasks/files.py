@@ -251,13 +251,16 @@ def read_ahead(read, n):
             yield now
 
 
-def of_files(read, paths, shape):
-    """Samples (*shape) fp32 in files of their own, one each: `read(path, x)` fills x, which is 0."""
+def of_files(read, paths):
+    """Samples in files of their own, one each, read by `read`."""
 
     def read_all(rows, u):
-        x = np.zeros((len(rows), *shape), np.float32)
+        x = None
         for i, row in enumerate(rows):
-            read(paths[row], x[i])
+            sample = read(paths[row])
+            if x is None:  # filled in place: a list and its stack would take twice as much
+                x = np.empty((len(rows), *sample.shape), sample.dtype)
+            x[i] = sample
         return x
 
     return Lazy(len(paths), read_all)

@@ -44,6 +44,10 @@ def copy(finished, out, name, *removed):
     return command, out / folder.name
 
 
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
 def damage(path, how):
     content = path.read_bytes()
     if how == "missing":
@@ -95,14 +99,14 @@ def test_damage_is_noticed_at_the_start(finished, tmp_path, capsys, state, name,
             assert start(finished, out, name, "--resume") is not finished_still
             assert ("finished before" in capsys.readouterr().out) is finished_still
             continue
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        before = content(folder)
         for options in ([], ["--resume"]):
             with pytest.raises(cli.UserError) as error:
                 start(finished, out, name, *options)
             message = str(error.value)
             assert f"{folder / file} is {'missing' if how == 'missing' else 'empty'}" in message
             assert len(message.splitlines()) == 2
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert content(folder) == before
 
 
 def test_damage_costs_two_lines_before_anything_trains(finished, tmp_path, monkeypatch):

@@ -523,7 +523,7 @@ MUTATIONS = {
     "tasks/files.py": [
         ("half a file may stay", "part.unlink(missing_ok=True)", "pass", "test_a_full_disk_leaves_no_part_of_an_array"),
         ("a file is written in place", 'part.open("wb")', 'path.open("wb")', "test_a_full_disk_keeps_what_was_saved"),
-        ("of samples in files of their own only the first", "read(paths[row], x[i])", "read(paths[row], x[0])",
+        ("of samples in files of their own only the first", "x[i] = sample", "x[0] = sample",
          "test_psicov_pairs_features_of_rows_and_columns"),
         ("a longer file is taken", "if size > total > 0", "if False",
          "test_a_part_that_is_not_of_this_file_is_removed"),
