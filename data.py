@@ -596,7 +596,7 @@ def class_labels(split, k=10, seed=0):
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
-    chunks = torch.arange(len(split), device=split.device).split(min(1000, max(1, 2**26 // math.prod(split.output))))
+    chunks = torch.arange(len(split), device=split.device).split(min(1000, max(1, 2**26 // math.prod(split.output))))  # 256 MB
     flat = lambda index: split.targets(index).flatten(1).nan_to_num().float().cpu().numpy()  # (1000 or fewer, everything)
     with threadpool_limits(1):  # sums in one order: each process finds the same clusters
         if len(split) <= 10_000 and not split.lazy:

@@ -117,7 +117,7 @@ def read_psicov(data_dir, cache):
             inside[0:54:2], inside[1:54:2] = each[:, None], each[:, :, None]  # the value of residue j in column j, in row j
             for i, pair in enumerate(pairs):
                 inside[54 + i] = np.asarray(pair)[: SIDE - PAD, : SIDE - PAD]
-            np.nan_to_num(inside, copy=False, posinf=np.inf, neginf=-np.inf)  # infinities are refused later
+            np.copyto(inside, 0, where=np.isnan(inside))  # infinities are refused later
         return x
 
     residues = functools.cache(lambda path: len(unpickle_entries(path, "entropy")[0]))
