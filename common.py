@@ -517,7 +517,7 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
         OTDD = min over plans pi of sum_ij pi_ij C_ij,     C_ij = 1/2 |x_i - x_j|^2 + 1/2 W^2(y_i, y_j)
 
     W^2(y, y') is the transport cost between the samples of the two classes for |x - x'|^2 (both halves, and none in W^2, are
-    the official constants). reg = 0: linear programmes. reg > 0: OT_reg(s, t) - 1/2 OT_reg(s, s) - 1/2 OT_reg(t, t), for the
+    the official constants). reg = 0: linear programs. reg > 0: OT_reg(s, t) - 1/2 OT_reg(s, s) - 1/2 OT_reg(t, t), for the
     data sets and for the classes alike. The gradient is that of the value, label distances included.
 
     Args:

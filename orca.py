@@ -53,7 +53,7 @@ class Args(cli.Args):
     distance of each target class to the whole source, without its labels"""
     reg: float | None = None
     """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official), for GPUs; 0 (tiny): exact
-    linear programmes, faster on CPUs"""
+    linear programs, faster on CPUs"""
     classes_per_problem: int | None = None
     """target classes in one transport problem. Default: all, as OTDD is defined (tiny); 10 (full), to save time and memory"""
     max_samples: int | None = None

@@ -63,7 +63,7 @@ class Args(cli.Args):
     label_lr: float = 1e-4
     """of feature-label distortion"""
     reg: float | None = None
-    """entropic strength of OT. Default: 0.1 (full, official), for GPUs; 0 (tiny): a linear programme, faster on CPUs"""
+    """entropic strength of OT. Default: 0.1 (full, official), for GPUs; 0 (tiny): a linear program, faster on CPUs"""
     align_samples: int | None = None
     """target samples in a step of feature alignment, drawn anew in each. Default: 128; psicov and deepsea (full) 64"""
     label_samples: int | None = None

@@ -218,18 +218,18 @@ def labelled(n, D, classes, seed=0, shift=0.0, dtype=torch.float64):
 S, T = labelled(24, 3, 3), labelled(15, 3, 2, seed=1, shift=0.5)
 
 
-def programme(cost):
-    """Transport between uniform weights by scipy's general linear programme."""
+def program(cost):
+    """Transport between uniform weights by scipy's general linear program."""
     n, m = cost.shape
     rows_, columns = np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))
     done = linprog(cost.flatten(), np.r_[rows_, columns][:0], [], np.r_[rows_, columns], np.r_[[1 / n] * n, [1 / m] * m])
     return done.fun
 
 
-def brute_force(x_s, y_s, x_t, y_t, label=lambda a, b: programme(((a[:, None] - b) ** 2).sum(-1))):
+def brute_force(x_s, y_s, x_t, y_t, label=lambda a, b: program(((a[:, None] - b) ** 2).sum(-1))):
     w = np.array([[label(x_s[y_s == a], x_t[y_t == b]) for b in np.unique(y_t)] for a in np.unique(y_s)])
     index = [np.unique(y, return_inverse=True)[1] for y in (y_s, y_t)]
-    return programme(((x_s[:, None] - x_t) ** 2).sum(-1) / 2 + w[index[0]][:, index[1]] / 2)
+    return program(((x_s[:, None] - x_t) ** 2).sum(-1) / 2 + w[index[0]][:, index[1]] / 2)
 
 
 def bures(a, b):
@@ -241,7 +241,7 @@ def bures(a, b):
 
 
 @pytest.mark.parametrize("counts", [(24, 3, 15, 2), (7, 7, 9, 4), (10, 1, 6, 1)])
-def test_exact_otdd_is_the_linear_programme(counts):
+def test_exact_otdd_is_the_linear_program(counts):
     (x_s, y_s), (x_t, y_t) = labelled(counts[0], 3, counts[1]), labelled(counts[2], 3, counts[3], 1)
     expected = brute_force(x_s.numpy(), y_s.numpy(), x_t.numpy(), y_t.numpy())
     assert common.otdd(x_s, y_s, x_t, y_t).item() == pytest.approx(expected, rel=1e-6)

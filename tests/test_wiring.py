@@ -566,7 +566,7 @@ def orca_released_run(backbone, tmp_path_factory):
 
 
 def transport(cost, a, b):
-    """min over plans pi of <pi, cost> by scipy's general linear programme, the plan held constant."""
+    """min over plans pi of <pi, cost> by scipy's general linear program, the plan held constant."""
     n, m = cost.shape
     marginals = np.concatenate([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
     pi = linprog(cost.detach().double().numpy().ravel(), A_eq=marginals, b_eq=np.concatenate([a, b])).x

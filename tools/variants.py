@@ -19,8 +19,8 @@ METHODS = {
     "lsg": "lsg.py",
     **{mode: f"finetune.py --mode {mode}" for mode in ("naive", "warmup", "frozen", "lora", "norms", "probe", "scratch")},
     "pare-released": "pare.py --as-released",
-    "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programmes: faster on a CPU
-    "recraft-released": "recraft.py --as-released --reg 0",  # its distance by a linear programme: faster on a CPU
+    "orca-released": "orca.py --as-released --reg 0",  # its objective by linear programs: faster on a CPU
+    "recraft-released": "recraft.py --as-released --reg 0",  # its distance by a linear program: faster on a CPU
     "recraft-entropy": "recraft.py --distortion entropy",  # R3
     "recraft-align": "recraft.py --label-epochs 0",
     "recraft-labels": "recraft.py --align-epochs 0",
