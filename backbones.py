@@ -30,7 +30,7 @@ DEFAULT_BACKBONE = {
     ("1d", "tiny"): "tiny-roberta", ("1d", "full"): "roberta_base",
 }  # fmt: skip
 BERT_LIKE = ("bert", "camembert", "roberta", "xlm-roberta")  # transformers' names of the architectures that can be cut
-UNUSED = ("head.", "pooler.", "head_dist.", "fc_norm.", "attn_pool.")  # weights that lie behind the encoder
+UNUSED = ("head.", "pooler.", "head_dist.", "fc_norm.", "attn_pool.")  # weights after the encoder
 # what timm, transformers, torch and safetensors raise for a missing or damaged file, a wrong config.json, no network
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError,
               SafetensorError)  # fmt: skip
@@ -41,8 +41,8 @@ ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num
 def watch_attention(encoder, tokens, modules, attention):
     """attention(module, *its arguments) of each of `modules`, in order, while `encoder` reads `tokens`.
 
-    In evaluation mode and without gradients; the encoder is left as it was. The fused kernels that compute attention in a model
-    return none: `attention` computes it again.
+    In evaluation mode and without gradients; the encoder is left as it was. The fused kernels of a model
+    return no attention matrix: `attention` computes it again.
     """
     found, training = [], encoder.training
     hook = lambda module, args, kwargs: found.append(attention(module, *args, **kwargs))
@@ -77,9 +77,9 @@ class SwinEncoder(nn.Module):
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, n, F)
 
     def attentions(self, tokens):
-        """Attention of every block, first to last, mean over the heads: (B, N, D) -> [(A (B, W, T, T), index (W, T)), ...]
+        """Attention of every block in order, mean over the heads: (B, N, D) -> [(A (B, nW, T, T), index (nW, T)), ...]
 
-        A_ij of query i and key j in a window of T tokens; index: the number of each token of the W windows in the block's grid.
+        A_ij of query i and key j in a window of T tokens; index: the number of each token of the windows in the block's grid.
         Raises UserError if the model computes attention in another way than Swin does, or pads its grid.
         """
         indices = []
@@ -92,14 +92,14 @@ class SwinEncoder(nn.Module):
                 )
             shifted = torch.arange(H * W, device=tokens.device).view(H, W).roll([-s for s in block.shift_size], (0, 1))
             windows = shifted.view(H // h, h, W // w, w).transpose(1, 2)  # (H / h, W / w, h, w)
-            indices.append(windows.reshape(-1, h * w))  # (W, T)
+            indices.append(windows.reshape(-1, h * w))  # (nW, T)
 
         def attention(module, x, mask=None):
-            q, k, _ = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B W, heads, T, d)
+            q, k, _ = module.qkv(x).unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B nW, heads, T, d)
             bias = module.relative_position_bias_table[module.relative_position_index.flatten()]  # (T T, heads)
-            logits = module.scale * q @ k.mT + bias.T.unflatten(1, (x.shape[1], x.shape[1]))  # (B W, heads, T, T)
-            logits = logits.float().unflatten(0, (len(tokens), -1))  # (B, W, heads, T, T)
-            return (logits if mask is None else logits + mask[:, None]).softmax(-1).mean(2)  # (B, W, T, T)
+            logits = module.scale * q @ k.mT + bias.T.unflatten(1, (x.shape[1], x.shape[1]))  # (B nW, heads, T, T)
+            logits = logits.float().unflatten(0, (len(tokens), -1))  # (B, nW, heads, T, T)
+            return (logits if mask is None else logits + mask[:, None]).softmax(-1).mean(2)  # (B, nW, T, T)
 
         found = watch_attention(self, tokens, [block.attn for block in self.blocks], attention)
         return list(zip(found, indices, strict=True))
@@ -109,7 +109,7 @@ class VitEncoder(nn.Module):
     """The blocks of a ViT and its last LayerNorm: (B, N, D) -> (B, N, F), F = D; in CLIP's, another LayerNorm comes first.
 
     The tokens that are no patches (class, distillation, registers: P in all, a SigLIP has none) stay inside: they are put in
-    front, and dropped at the end. What timm has behind the last LayerNorm is not used: pooling, heads, and the `fc_norm` that
+    front, and dropped at the end. What timm has after the last LayerNorm is not used: pooling, heads, and the `fc_norm` that
     models with average pooling have in its place.
     """
 
@@ -215,7 +215,7 @@ def check_weights(name, missing, mismatched, unexpected):
 
     Args:
         name: of the backbone, for the message.
-        missing, mismatched, unexpected: names of weights that the file lacks, has in another shape, has too many.
+        missing, mismatched, unexpected: names of weights that the file lacks, has in another shape, or has in excess.
     Raises: UserError that names one of the weights.
     """
     wrong = {

@@ -72,7 +72,7 @@ class Args:
     steps_per_epoch: int | None = None
     """optimizer steps in an epoch. Default: one pass over the samples (full), as many as the kind of task needs (tiny)"""
     epochs: int | None = None
-    """epochs of training, each followed by validation. Default, as of the options below: the task's recipe (full: published)"""
+    """epochs of training, each followed by validation. Default, as for those below: the task's recipe (full: published)"""
     n_train: int | None = None
     """training samples used; methods differ most when there are few"""
     batch_size: int | None = None

@@ -33,7 +33,7 @@ def autocast_off(x):
 class Embedder2d(nn.Module):
     """Images to tokens: resize, one linear map of each patch, LayerNorm; what a Swin does with its own images.
 
-    A ViT adds learned positions and has no LayerNorm here. Starts random as the official codes do: Xavier-uniform with gain
+    A ViT adds learned positions and has no LayerNorm here. Starts random as in the official code: Xavier-uniform with gain
     sqrt(2), zero bias; the positions normal(0, 0.02), as a ViT's did.
 
     Args:
@@ -67,7 +67,7 @@ class Embedder2d(nn.Module):
 def stack_number(length, max_tokens):
     """Time steps in one token: the smallest divisor of `length` that leaves at most `max_tokens` tokens.
 
-    A prime length above `max_tokens` has no other divisor than itself and becomes one token: the papers' rule, kept.
+    A prime length above `max_tokens` has only the divisors 1 and itself and becomes one token: the papers' rule, kept.
     """
     return next(k for k in range(1, length + 1) if length % k == 0 and length // k <= max_tokens)
 
@@ -75,9 +75,9 @@ def stack_number(length, max_tokens):
 class Embedder1d(nn.Module):
     """Signals to tokens: one linear map of each `stack` time steps, LayerNorm, then learned positions.
 
-    RoBERTa adds its positions before its LayerNorm; the official codes' target embedder adds them after, and so does this.
+    RoBERTa adds its positions before its LayerNorm; the target embedder of the official code adds them after, and so does this.
     Starts random as they do: Xavier-uniform with gain sqrt(2), zero bias; the positions normal(0, 0.02), as RoBERTa's did.
-    LayerNorm(w x) does not depend on the size of x: a token of one value knows its sign only until the bias is trained
+    LayerNorm(w x) does not depend on the size of x: a token of one value carries only its sign, until the bias is trained
     (docs/why-orca.md).
 
     Args:
@@ -107,10 +107,10 @@ def initialise(embedder, source, init):
     """Initialise the target embedder; the same function in every method.
 
     "copy", 2D: projection, bias and LayerNorm (of a ViT: positions) of the pretrained embedder; for C != 3 channels its 3
-    input slices are tiled and cut to C, not rescaled (the official codes' way). 1D: LayerNorm and the first N positions of
+    input slices are tiled and cut to C, not rescaled (as in the official code). 1D: LayerNorm and the first N positions of
     the pretrained embedder; the projection stays random, since words have none.
     "random" leaves the constructor's values.
-    "truncated" is what ORCA's release gives to its naive fine-tuning only. 2D: normal(0, 0.02) cut at two units. 1D: the
+    "truncated" is what ORCA's release gives to its naive fine-tuning only. 2D: normal(0, 0.02), cut at -2 and 2. 1D: the
     positions alone are copied (the release's list of layers to draw again lacks Conv1d).
     """
     if isinstance(embedder, Embedder1d):
@@ -160,7 +160,7 @@ class ClassPredictor(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, features):
-        with autocast_off(features):  # bf16 logits tie: 0.8 % of the answers would be others
+        with autocast_off(features):  # bf16 logits tie: 0.8 % of the predictions would change
             return self.linear(features.to(self.linear.weight.dtype).mean(1))  # (B, n, F) -> (B, F) -> (B, K)
 
 
@@ -252,14 +252,14 @@ def attention_rollout(encoder, tokens, alpha=0.5):
     without a gradient. Costs one forward pass, and the attention computed a second time.
     """
     r = None
-    for A, index in reversed(encoder.attentions(tokens)):  # A (B, W, T, T), index (W, T)
+    for A, index in reversed(encoder.attentions(tokens)):  # A (B, nW, T, T), index (nW, T)
         n = index.numel()
         r = A.new_full((len(A), n), 1 / n) if r is None else r
         if r.shape[1] < n:
             side = round(r.shape[1] ** 0.5)
             r = r.view(-1, side, side).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1) / 4  # (B, n)
-        share = r[:, index]  # (B, W, T)
-        share = (1 - alpha) * share + alpha * (share[:, :, None] @ A)[:, :, 0]  # A^T r
+        share = r[:, index]  # (B, nW, T)
+        share = (1 - alpha) * share + alpha * (share[:, :, None] @ A)[:, :, 0]  # A^T r, (B, nW, T)
         r = torch.empty_like(r).index_copy(1, index.flatten(), share.flatten(1))  # (B, n), in the order of the tokens
     return r
 
@@ -268,7 +268,7 @@ def received_attention(encoder, tokens, block=0):
     """The mean attention that each token receives in one block: (B, N, D) -> (B, N), without a gradient.
 
     It sums to 1 in each window, so it cannot prefer one window of a Swin to another.
-    Raises: ValueError for a block behind a patch merging.
+    Raises: ValueError for a block after a patch merging.
     """
     A, index = encoder.attentions(tokens)[block]  # (B, W, T, T), (W, T)
     if index.numel() != tokens.shape[1]:
@@ -338,7 +338,7 @@ def load_source(name, pretrained=True, architecture=None):
     embedder.project.load_state_dict(patches.proj.state_dict(), strict=False)  # CLIP has no bias here: 0
     embedder.norm.load_state_dict(patches.norm.state_dict())
     if vit:
-        embedder.positions.copy_(model.pos_embed.detach()[0, -embedder.tokens :])  # (N, D), behind the class token's
+        embedder.positions.copy_(model.pos_embed.detach()[0, -embedder.tokens :])  # (N, D), after the class token's
     encoder = VitEncoder(model) if vit else SwinEncoder(model)
     return Source(name, "2d", embedder, encoder, model.embed_dim, model.num_features, size)
 
@@ -527,7 +527,7 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
         mass_t (m,): weights of the target samples, equal within a class. Default: all equal.
         terms_s: OtddTerms(x_s, y_s, inner, reg), computed before.
         info: a dict that gets the "iterations" and the marginal "error" of the worst problem, if reg > 0.
-    Returns: a scalar, differentiable in x_s and x_t; 0 if both sets are one. A class of one sample is a point mass.
+    Returns: a scalar, differentiable in x_s and x_t; 0 if both sets are the same. A class of one sample is a point mass.
     Raises: ValueError for empty sets, NaN, shapes or types that do not fit.
     """
     if x_s.shape[-1] != x_t.shape[-1]:

@@ -1,10 +1,10 @@
-"""The slides' own proposal: a contrastive target embedder, then patches replaced by attention scores instead of a gate.
+"""The slides' own proposal: a contrastive target embedder, then patches chosen by attention scores instead of a gate.
 
 Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", lecture slides 43 to 46 (2024). No publication and no code of it
 was found, and its loss cannot be run as printed. This file has a corrected version; `--as-printed` uses the printed one.
 
     stage 1, contrastive embedder, in each step:
-    1  x' = a^t x + sqrt(1 - a^2t) eps,  a = sqrt(1 - sigma^2)       two noisy views of each sample, with random sigma and t
+    1  x' = a^t x + sqrt(1 - a^(2t)) eps,  a = sqrt(1 - sigma^2)     two noisy views of each sample, with random sigma and t
     2  z = mean over tokens of g(embedder(x'))                       g the pretrained encoder, frozen
     3  L_i = mean over positives p of [ -s_ip / tau + log( sum_q exp(s_iq / tau) + sum_n lambda_in exp(s_in / tau) ) ]
        s = cos(z_i, z_j); positives p, q have the label of i, negatives n another one, less alike -> larger lambda_in
@@ -68,11 +68,11 @@ class Args(cli.Args):
     """whose tokens z is the mean of: the frozen encoder's, or the embedder's, which is cheaper. Default: encoder; as printed:
     embedder"""
     embedder_lr: float | None = None
-    """of stage 1. Default, ORCA's rule: 10 times the lr of one batch, or lr if that is above 1e-3"""
+    """learning rate of stage 1. Default, ORCA's rule: 10 times the lr of one batch, or that lr itself if it is above 1e-3"""
     as_printed: bool = False
     """the slides' loss, literally; the run stops when it is undefined"""
     freeze_embedder: bool = False
-    """keep the embedder of stage 1 in stage 2; the slides name both"""
+    """freeze the embedder in stage 2; the slides mention both"""
     scores: Literal["rollout", "received", "gate", "random"] = "rollout"
     """of patches: attention followed from the output, attention received in the first block, PaRe's gate, chance"""
     k_begin: float | None = None
@@ -82,7 +82,7 @@ class Args(cli.Args):
     ratio: Literal["k/k0", "k/N"] | None = None
     """lambda of line 7, as in PaRe"""
     mix_weight: float | None = None
-    """weight of L_mix in line 7, as in PaRe"""
+    """weight of the bracket in line 7, which is L_mix in PaRe"""
 
 
 EPS = 0.1  # in lambda = 1 / (correlation + eps): weights of negatives differ by a factor of 11 at most
@@ -90,12 +90,12 @@ MEASURED = 512  # target samples whose cosines are measured after each epoch of 
 
 
 def noisy(x, sigma, t, mean=0.0, std=1.0):
-    """t steps of x <- sqrt(1 - sigma^2) x + sigma eps in one draw: a^t x + sqrt(1 - a^2t) eps, a = sqrt(1 - sigma^2).
+    """t steps of x <- sqrt(1 - sigma^2) x + sigma eps in one draw: a^t x + sqrt(1 - a^(2t)) eps, a = sqrt(1 - sigma^2).
 
     Line 1. sigma, t: numbers, or one for each sample, (B, 1, ...). What is noised is (x - mean) / std, so that x keeps its mean
     and standard deviation, `mean` and `std` (C, 1, ...). sigma = 0 returns x bit for bit; sigma = 1 is pure noise.
     """
-    log_a2t = t * torch.log1p(-(torch.as_tensor(sigma, device=x.device) ** 2))  # log a^2t
+    log_a2t = t * torch.log1p(-(torch.as_tensor(sigma, device=x.device) ** 2))  # log a^(2t)
     a_t, scale = (log_a2t / 2).exp(), (-torch.expm1(log_a2t)).sqrt()
     return a_t * x + (1 - a_t) * mean + scale * std * torch.randn_like(x)
 
@@ -333,10 +333,10 @@ def main(args):
                     of_s = None if scores_s is None else scores_s[order_s[step]]  # contrast: (B, N_s)
                     out, out_m, out_ms = net(x, tokens_s, of_s, k)  # contrast: (B, ...), (B, ...), (B, ...)
                 loss = task.loss(out, y)
-                if k > 0:  # contrast: L_mix, as in PaRe
+                if k > 0:  # contrast: the bracket of line 7, L_mix in PaRe
                     loss_mix = (1 - lam) * task.loss(out_m, y) + lam * source_set.loss(out_ms, y_s)  # contrast: line 7
                     loss = loss + args.mix_weight * loss_mix  # contrast: line 7
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

@@ -4,7 +4,7 @@
     python data.py --prepare spherical   download what the task and its source need (checksum; resumes an interrupted download)
 
 tasks/ contains the readers, the augmentation, the losses and the metrics. A run reads --data-dir and writes only under
---out-dir. Where its data come from is never hidden (result.json, "data"): "official" the benchmark's own files; "simulated"
+--out-dir. result.json ("data") says where the data come from: "official" the benchmark's own files; "simulated"
 made here by the benchmark's procedure (PDEs: solved by tasks/pde.py; spherical: real CIFAR-100 images, projected here);
 "sklearn" scikit-learn's copy of an OpenML table; "toy" a generated stand-in of the same shape, at the tiny scale only.
 
@@ -42,7 +42,7 @@ __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_n
 
 @dataclass(frozen=True)
 class Task:
-    """A task is data, not branches: no method file contains the name of one."""
+    """A task is data, not branches: no method file branches on the name of one."""
 
     name: str
     about: str
@@ -249,7 +249,7 @@ PROXIES = table((
 
 
 TOY_TRAIN, TOY_TEST = 3000, 500
-SOURCE_SAMPLES = 5000  # as in the official codes
+SOURCE_SAMPLES = 5000  # as in the official code
 TINY_BATCH_NUMBERS = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
 
 
@@ -459,7 +459,7 @@ class Loaded:
 def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_released=False):
     """Training, validation and test split of a task, on the device.
 
-    A tenth of the training samples that are used is held out for validation, drawn with `seed`; the official codes choose
+    A tenth of the training samples that are used is held out for validation, drawn with `seed`; the official code chooses
     the checkpoint on the test set. `n_train` remain for training (None: the other nine tenths of all there are).
     `as_released`: data of PDE tasks with the mistakes of the official files and of ORCA's loader (docs/pde.md).
 

@@ -160,7 +160,7 @@ def main(args):
                 with run.autocast():
                     out = net(x)  # finetune: (B, K)
                 loss = task.loss(out, y)
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

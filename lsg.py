@@ -1,6 +1,6 @@
 """LSG: a graph of the class names, encoded by a language model, guides the features of another modality.
 
-Ma, Li, Cai and Kang, "Language Semantic Graph Guided Data-Efficient Learning", NeurIPS 2023. Written after its abstract, its
+Ma, Li, Cai and Kang, "Language Semantic Graph Guided Data-Efficient Learning", NeurIPS 2023. Written from its abstract, its
 figure and its released code: the paper's equations could not be read.
 
 Class names have a meaning, and a language model knows some of it. Prompts that contain a name are the nodes of a graph,
@@ -10,11 +10,11 @@ joins the graph as a neighbour of its own label, and the output of the GCN for i
     stage 1:
     1  t_cp = unit(mean of the text encoder's outputs at the tokens of the name, in prompt p of class c)       T: n = K P nodes
     2  A_ij = <t_i, t_j> if i and j have the same class, or if A_ij is one of the r n^2 largest between classes; else 0
-    3  A^ = D^-1/2 A D^-1/2,  O = A^ LeakyReLU(A^ T W1) W2;  W1, W2 <- argmin L(O, class), then frozen
+    3  N(A) = D^-1/2 A D^-1/2,  O = N(A) LeakyReLU(N(A) T W1) W2;  W1, W2 <- argmin L(O, class), then frozen
     stage 2:
     4  h = H(mean over tokens of encoder(embedder(x))), H linear
     5  A_a = [[A, S], [S^T, M]]: S (the figure's P) = 1 where a sample has the class of a node; M = 1 where two samples share
-       a class, and on its diagonal. G = LeakyReLU(A_a^ [T; h] W1),  O = A_a^ G W2;  g_i and o_i are the rows of sample i
+       a class, and on its diagonal. G = LeakyReLU(N(A_a) [T; h] W1),  O = N(A_a) G W2;  g_i and o_i are the rows of sample i
     6  L = L(model(x), y) + w_a L(o, y) + w_r mean over i of |unit(h_i) - unit(g_i)|, g_i taken as constant
 
     K classes, P prompts for each, n nodes of width d (that of the text encoder), B samples
@@ -119,15 +119,15 @@ def label_graph(t, ratio, released=False):
     """
     A = t @ t.T
     A = ((A + A.T) / 2).clamp(min=0)  # symmetric in spite of rounding
-    number = torch.arange(len(t), device=t.device) // P  # (n,) class of a node
-    same = (number[:, None] == number) & (not released)
+    node_class = torch.arange(len(t), device=t.device) // P  # (n,)
+    same = (node_class[:, None] == node_class) & (not released)
     between, count = A.masked_fill(same, -1), int(ratio * len(t) ** 2)
     least = between.flatten().kthvalue(len(t) ** 2 - count + 1)[0] if count else 2  # the count-th largest; no cosine is 2
     return A * (same | (between >= least)).fill_diagonal_(True)
 
 
 def normalised(A):
-    """A^ = D^-1/2 A D^-1/2, D = row sums of A (n, n)"""
+    """N(A) = D^-1/2 A D^-1/2, D = row sums of A (n, n)"""
     root = A.sum(1, keepdim=True).rsqrt()  # (n, 1)
     return root * A * root.T
 
@@ -176,11 +176,11 @@ def train_gcn(gcn, t, A, task, args):
     """Line 3: trains `gcn` on all nodes T (n, d) at once, with the loss of `task`. Returns at most ten rows of numbers, whose
     epoch is the step: each step sees all nodes.
 
-    As released: by SGD, and the rows of O are divided by their length before the loss, which then stays above a floor (L2).
+    As released: by SGD, and the rows of O are scaled to unit norm before the loss, which then stays above a floor (row L2).
     """
-    spread = normalised(A).to_sparse()  # (n, n): A^
-    near, number = spread @ t, torch.arange(len(t), device=t.device) // P  # (n, d): A^ T; (n,) class of a node
-    y = F.one_hot(number).float() if task.target == "labels" else number
+    spread = normalised(A).to_sparse()  # (n, n): N(A)
+    near, node_class = spread @ t, torch.arange(len(t), device=t.device) // P  # (n, d): N(A) T; (n,)
+    y = F.one_hot(node_class).float() if task.target == "labels" else node_class
     optimizer = torch.optim.Adam(gcn.parameters(), lr=1e-3)
     if args.as_released:
         optimizer = torch.optim.SGD(gcn.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4, nesterov=True)
@@ -192,7 +192,7 @@ def train_gcn(gcn, t, A, task, args):
         optimizer.step()
         optimizer.zero_grad()  # also after the last step: clipping in stage 2 counts every gradient that is there
         if step % -(-steps // 10) == 0 or step == steps:
-            wrong, end = (o.argmax(1) != number).float().mean().item(), time.perf_counter()
+            wrong, end = (o.argmax(1) != node_class).float().mean().item(), time.perf_counter()
             rows.append({"epoch": step, "GCN loss": loss.item(), "GCN error": wrong, "seconds": end - begin})
             begin = end
     return rows
@@ -204,7 +204,7 @@ class LabelGraph(nn.Module):
     def __init__(self, t, A, gcn):
         super().__init__()
         self.gcn, self.width = gcn.requires_grad_(False), t.shape[1]  # d
-        self.register_buffer("t", t @ gcn.W1, persistent=False)  # (n, d): T W1, since (A^ T) W1 = A^ (T W1)
+        self.register_buffer("t", t @ gcn.W1, persistent=False)  # (n, d): T W1, since (N(A) T) W1 = N(A) (T W1)
         self.register_buffer("A", A.to_sparse(), persistent=False)
         self.register_buffer("degree", A.sum(1, keepdim=True), persistent=False)  # (n, 1)
 
@@ -305,7 +305,7 @@ def main(args):
                 edges = ((A > 0).sum().item() - P * len(t)) // 2
                 print(f"LSG     {len(t):,} nodes, {edges:,} pairs of different classes joined; loss of the GCN",
                       f"{rows[-1]['GCN loss']:.3g}, {sum(row['seconds'] for row in rows):.0f} s")  # fmt: skip
-            guide = LabelGraph(t, label_graph(t, args.edge_ratio, released=True) if args.as_released else A, gcn)  # L1
+            guide = LabelGraph(t, label_graph(t, args.edge_ratio, released=True) if args.as_released else A, gcn)  # row L1
         else:
             guide = Prototypes(class_vectors(args.prototypes, t, train.classes, args.seed))
         net = Guided(model, nn.Linear(source.feature_width, guide.width), guide, task.loss)
@@ -336,7 +336,7 @@ def main(args):
                 loss = loss + args.align_weight * align + args.regularise_weight * regularise  # LSG: line 6
                 if guided:  # LSG
                     totals += torch.stack([align, regularise]).detach()  # LSG
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

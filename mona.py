@@ -64,12 +64,12 @@ class Args(cli.Args):
 
 
 def pair_distances(f):
-    """|F_i - F_j|^2 = 2 - 2 <F_i, F_j> of unit vectors, and which pairs are of two samples. (n, F) -> (n, n), (n, n) bool"""
+    """|F_i - F_j|^2 = 2 - 2 <F_i, F_j> of unit vectors, and the mask of i != j. (n, F) -> (n, n), (n, n) bool"""
     return 2 - 2 * f @ f.T, ~torch.eye(len(f), dtype=torch.bool, device=f.device)
 
 
 def alignment(f, y):
-    """E over pairs of one class of |F_i - F_j|^2, to be minimised; 0 if no class has two samples.
+    """Mean of |F_i - F_j|^2 over pairs of the same class, to be minimised; 0 if no class has two samples.
 
     f (n, F) unit vectors, y (n,) classes -> scalar in [0, 4] (Wang and Isola 2020, alpha = 2; same class = positive pair).
     """
@@ -79,7 +79,7 @@ def alignment(f, y):
 
 
 def uniformity(f):
-    """log E over all pairs of exp(-2 |F_i - F_j|^2), to be minimised: 0 if all are equal, near -4 if spread out.
+    """Log of the mean of exp(-2 |F_i - F_j|^2) over all pairs, to be minimised: 0 if all are equal, near -4 if spread out.
 
     f (n, F) unit vectors, n > 1 -> scalar (Wang and Isola 2020, t = 2).
     """
@@ -125,7 +125,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     def inner_loss(theta, tokens):  # L(h(f(e(x_t); theta)), y_t)
         return loss(gather(model.predictor(functional_call(model.encoder, theta, (tokens,)))), y_t)
 
-    with common.autocast_off(x_t):  # a difference of near numbers needs all their digits
+    with common.autocast_off(x_t):  # a difference of nearly equal numbers needs full precision
         inner_e, inner_h, outer_e, losses, step = gradients(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
     inner_e, inner_h, outer_e = average(inner_e), average(inner_h), average(outer_e)
     log = torch.stack([*losses, norm(outer_e) / norm(inner_e), step]).detach()
@@ -138,7 +138,7 @@ def norm(tensors):
 
 
 def exact(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
-    """The gradients of `meta_gradient` by double backward: of L_inner in e, in h, of lambda L_outer in e; losses; step size."""
+    """The gradients of `meta_gradient` by double backward: dL_inner/de, dL_inner/dh, d(lambda L_outer)/de; losses; step."""
     theta = dict(model.encoder.named_parameters())
     e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -169,8 +169,8 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
     del theta_star
     c = 0.01 / norm(v).clamp(min=1e-30)  # v = 0: nothing of L_outer is left, and both sides are equal
     sides = []
-    for sign in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
-        moved = {name: p.detach() + sign * d for (name, p), d in zip(theta.items(), v, strict=True)}
+    for shift in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
+        moved = {name: p.detach() + shift * d for (name, p), d in zip(theta.items(), v, strict=True)}
         sides += torch.autograd.grad(inner_loss(moved, tokens), tokens)  # (B, N, D)
         del moved
     inner_e = torch.autograd.grad(embedded, e, g_tokens, retain_graph=True)
@@ -214,7 +214,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
         row = {"epoch": epoch + 1, **dict(zip(names, logs.mean(0).tolist(), strict=True))}
         row["seconds"] = time.perf_counter() - start
         if not all(map(math.isfinite, row.values())):
-            raise cli.UserError(f"stage 1 is not finite in epoch {epoch + 1}: {row}.\nStart again with a lower --meta-lr.")
+            raise cli.UserError(f"stage 1 gives inf or NaN in epoch {epoch + 1}: {row}.\nStart again with a lower --meta-lr.")
         print("MoNA    " + "  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         rows.append(row)
     if args.lambda_ > 0 and rows[-1]["ratio"] < 0.01:
@@ -280,7 +280,7 @@ def main(args):
                 with run.autocast():
                     out = net(x)  # MoNA: line 6, (B, K)
                 loss = task.loss(out, y)
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

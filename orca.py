@@ -46,8 +46,8 @@ class Args(cli.Args):
     embedder_epochs: int | None = None
     """steps of stage 1; each visits every class. 0: naive fine-tuning. Default: 60 (ninapro 100, OpenML 20); tiny scale 20"""
     embedder_lr: float | None = None
-    """of stage 1, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr if that is above
-    1e-3; --lr without its factor for gradient accumulation"""
+    """learning rate of stage 1, divided by 5 after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr itself
+    where it is above 1e-3; --lr before its scaling for gradient accumulation"""
     objective: Literal["otdd", "otdd-gaussian", "mmd", "l2"] = "otdd"
     """what brings target and source together. otdd-gaussian: classes as normal distributions. mmd, l2:
     distance of each target class to the whole source, without its labels"""
@@ -74,11 +74,11 @@ def make_distance(u_s, y_s, objective="otdd", inner="exact", reg=0.0):
     def mmd(u_t, y_t, mass_t, generator):  # against as many source samples, drawn with replacement
         return common.mmd(u_s[torch.randint(len(u_s), (len(u_t),), generator=generator)], u_t)
 
-    def l2(u_t, y_t, mass_t, generator):  # the whole source, paired at random
+    def l2(u_t, y_t, mass_t, generator):  # as many random pairings as the source fills, at least one
         n, m = len(u_s), len(u_t)
         rounds = max(1, n // m)
         order = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-rounds * m // n))])
-        return common.l2(u_s[order[: rounds * m]].view(rounds, m, -1), u_t)
+        return common.l2(u_s[order[: rounds * m]].view(rounds, m, -1), u_t)  # (rounds, m, D), (m, D)
 
     return {"mmd": mmd, "l2": l2}[objective]
 
@@ -188,7 +188,7 @@ def main(args):
                 with run.autocast():
                     out = net(x)  # ORCA: line 5, (B, K)
                 loss = task.loss(out, y)
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

@@ -51,7 +51,7 @@ class Args(cli.Args):
     """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration, 500 of 3136 for
     images"""
     ratio: Literal["k/k0", "k/N"] | None = None
-    """lambda, the weight of the source label: k/k0 (text, default) starts at 1, k/N (code) is the share of source tokens"""
+    """lambda, the weight of the source label: k/k0 (default, paper) starts at 1, k/N (code) is the share of source tokens"""
     mix_weight: float | None = None
     """weight of L_mix in the total loss. Default: the official 1 (2D classification), 0.3 (2D fields), 0.1 (1D)"""
     temperature: float = 0.9
@@ -251,7 +251,7 @@ def main(args):
                 if k > 0:  # PaRe: L_mix = (1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)
                     loss_mix = (1 - lam) * task.loss(out_m, y) + lam * source_set.loss(out_ms, y_s)  # PaRe: line 5
                     loss = loss + args.mix_weight * loss_mix  # PaRe: line 6
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

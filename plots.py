@@ -118,7 +118,7 @@ def fields(title, x, out, y):
 
 
 def replaced(title, x, scores, ks):
-    """The patches that are replaced in some epochs, by the scores after training, in the colour of the source.
+    """The patches replaced in some epochs, chosen by the scores after training, in the colour of the source.
 
     x (n, C, H, W) or (n, C, L), scores (n, N); ks: epoch -> k, the lowest-scored places, which the source takes.
     """

@@ -74,7 +74,7 @@ def predict(model, task, x, where="x", batch_size=32):
     out = torch.cat(out).numpy()  # (n, *output)
     finite = np.isfinite(out).reshape(len(out), -1).all(1)  # (n,)
     if not finite.all():
-        raise cli.UserError(f"{where}: the answer to sample {finite.argmin()} is not finite: its values are too large.")
+        raise cli.UserError(f"{where}: the prediction of sample {finite.argmin()} is not finite: its values are too large.")
     if task.target == "field":
         return task.restore(out) if task.restore else out
     return data.scores.softmax(out) if task.target == "class" else data.scores.sigmoid(out)

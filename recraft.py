@@ -1,7 +1,7 @@
 """RECRAFT: align the target embedder's features with the source, then its labels, then fine-tune.
 
 Tran et al., "Rethinking Cross-Modal Fine-Tuning: Optimizing the Interaction between Feature Alignment and Target Fitting",
-AISTATS 2026. Written after its abstract, its figure and its released code: the paper's equations could not be read.
+AISTATS 2026. Written from its abstract, its figure and its released code: the paper's equations could not be read.
 
 Aligning features alone ignores labels: two target classes may be mapped to one source class, and relabelling the source model's
 predictions then cannot separate them. RECRAFT also trains the embedder so that the source model's own labels say as much as
@@ -13,7 +13,7 @@ possible about the target's.
     2  u_s, u_t = mean over tokens of the embedded samples; one step on the embedder down the gradient of
        OT(u_s, u_t) = min over plans pi of sum_ij pi_ij 1/2 |u_i - u_j|^2         OTDD without labels
     stage 1, feature-label distortion, in each label step:
-    3  pi(z', z) = mean over i of 1{y_i = z'} p_s(z | g(embedder(x_i)))           target label and predicted source label
+    3  P(z', z) = mean over i of 1{y_i = z'} p_s(z | g(embedder(x_i)))           target label and predicted source label
     4  one step on the embedder up the gradient of I(Z; Z') = H(Z) - H(Z | Z')
     stage 2:
     5  L = L(h(g(embedder(x_t))), y_t), step on embedder, encoder g and a new predictor h
@@ -58,10 +58,10 @@ class Args(cli.Args):
     distortion: Literal["mutual", "entropy"] = "mutual"
     """mutual: maximise I(Z; Z'). entropy: minimise H(Z | Z'), as released; its minimum is collapse"""
     embedder_lr: float | None = None
-    """of feature alignment, falling to a fifth after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr if that
-    is above 1e-3; --lr without its factor for gradient accumulation"""
+    """learning rate of feature alignment, divided by 5 after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr
+    itself where it is above 1e-3; --lr before its scaling for gradient accumulation"""
     label_lr: float = 1e-4
-    """of feature-label distortion"""
+    """learning rate of feature-label distortion"""
     reg: float | None = None
     """entropic strength of OT. Default: 0.1 (full, official), for GPUs; 0 (tiny): a linear program, faster on CPUs"""
     align_samples: int | None = None
@@ -71,7 +71,7 @@ class Args(cli.Args):
     source_samples: int | None = None
     """source samples, for the source predictor and the alignment"""
     freeze_embedder: bool = False
-    """keep the embedder of stage 1 in stage 2, as in the paper's figure; the released code trains everything"""
+    """freeze the embedder in stage 2, as in the paper's figure; the released code trains everything"""
 
 
 RATE = 0.1  # of a batch in the running table: about the mean over ten batches
@@ -109,14 +109,14 @@ def train_source_predictor(features_s, y_s, args, text):
 
 
 def joint_table(p, y, classes):
-    """Line 3: pi(z', z) = 1/B sum_i 1{y_i = z'} p_i(z). p (B, K_s), y (B,) -> (K_t, K_s)"""
+    """Line 3: P(z', z) = 1/B sum_i 1{y_i = z'} p_i(z). p (B, K_s), y (B,) -> (K_t, K_s)"""
     return p.new_zeros(classes, p.shape[1]).index_add(0, y, p) / len(p)
 
 
-def entropies(pi):
-    """H(Z), H(Z | Z') and I(Z; Z') = H(Z) - H(Z | Z') of a joint table pi(z', z), (K_t, K_s): three scalars, in nats."""
+def entropies(joint):
+    """H(Z), H(Z | Z') and I(Z; Z') = H(Z) - H(Z | Z') of a joint table P(z', z), (K_t, K_s): three scalars, in nats."""
     entropy = lambda p: -torch.xlogy(p, p.clamp(min=1e-30)).sum()  # -sum p log p, and 0 log 0 = 0 with a gradient
-    h_z, h_z_given = entropy(pi.sum(0)), entropy(pi) - entropy(pi.sum(1))  # H(Z | Z') = H(Z, Z') - H(Z')
+    h_z, h_z_given = entropy(joint.sum(0)), entropy(joint) - entropy(joint.sum(1))  # H(Z | Z') = H(Z, Z') - H(Z')
     return h_z, h_z_given, h_z - h_z_given
 
 
@@ -143,7 +143,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
         args: the options. progress: wraps the epochs.
     Returns: a row for each epoch, the first before any step: distance, H(Z), H(Z|Z'), I(Z;Z') of a fixed sample, the mean of
-        I(Z;Z') for labels of other samples, which is the bias of so few samples, and seconds.
+        I(Z;Z') with permuted labels, which estimates the bias of so few samples, and seconds.
     """
     parameters, classes, n = list(embedder.parameters()), int(y_t.max()) + 1, len(train)
     y_t, one_class = y_t.cpu(), lambda u: torch.zeros(len(u), dtype=torch.long, device=u.device)
@@ -190,7 +190,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
             if not groups:
                 raise cli.UserError("No class has enough samples for a step of --as-released.\nLower --label-samples.")
             for index, weight in groups:
-                _, h_group, _ = entropies(predict(index).mean(0)[None])  # H of the group's mean prediction
+                _, h_group, _ = entropies(predict(index).mean(0)[None])  # (1, K_s): H of the group's mean prediction
                 take_step(optimizer, parameters, weight * h_group)
         else:
             for index in torch.randperm(n, generator=generator).tensor_split(steps):
@@ -241,7 +241,7 @@ def main(args):
         h_s = train_source_predictor(features_s, y_s, args, source.modality == "1d")
         right = (h_s(features_s).argmax(1) == y_s).float().mean().item()
         chance = y_s.bincount().max().item() / len(y_s)
-        print(f"RECRAFT {right:.2f} of the source's labels are predicted; the most frequent one is {chance:.2f} of them")
+        print(f"RECRAFT the source predictor is right for {right:.2f} of the source, the most frequent label for {chance:.2f}")
         if right < chance + 0.1:
             print("        That is near chance: such predictions say little about target labels.")
         with run.eager():
@@ -275,7 +275,7 @@ def main(args):
                 with run.autocast():
                     out = net(x)  # RECRAFT: line 5, (B, K)
                 loss = task.loss(out, y)
-                (loss / window).backward()  # averaged over the window; the official codes sum
+                (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:
                 if args.clip > 0:
                     nn.utils.clip_grad_norm_(net.parameters(), args.clip)

@@ -36,7 +36,7 @@ from cli import UserError, reason, stream
 
 
 def make_optimizer(module, args):
-    """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as the official codes."""
+    """The recipe's optimizer on the parameters that train: one learning rate, weight decay on all, as in the official code."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
@@ -206,7 +206,7 @@ def mean_loss(losses, split, step, epoch, args):
 
 
 def torchrun():
-    """(rank, number of processes, number on this machine) as torchrun sets them; (0, 1, 0) without it.
+    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) without it.
 
     Raises UserError if only some of its variables are set, as clusters and notebooks do.
     """
@@ -279,7 +279,7 @@ class Run:
         seed_everything("initial weights", self.args.seed)
 
     def start(self, *splits):
-        """Make the run's folder; False if the run there is finished. `splits`: what it trains on; a toy run is named so.
+        """Make the run's folder, in -toy if one of `splits`, what it trains on, is; False if the run there is finished.
 
         Raises UserError if the folder holds another run, or this one without --resume, or a damaged one.
         """
@@ -439,8 +439,8 @@ class Run:
         chunk = min(split.chunk, max(1, 4 * self.args.batch_size // self.world))  # no more memory than a training step needs
         every = torch.arange(len(split), device=self.device)
         own = every[self.rank :: self.world]
-        parts = (own if len(own) else every[:1]).split(chunk)  # more processes than samples: an answer that is not used
-        for x, targets in split.in_order(parts):  # in fp32, as in training
+        parts = (own if len(own) else every[:1]).split(chunk)  # more processes than samples: a prediction that is not used
+        for x, targets in split.in_order(parts):
             with self.autocast(), self.eager():
                 out.append(model(x).float().cpu())
             y.append(targets.cpu())

@@ -1,7 +1,7 @@
 """Fields: the readers of darcy, psicov, cosmic and PDEBench, and simulated data for PDE tasks whose files are missing.
 
-A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the kind of data, and what of the task the
-files change. Shapes: n samples, C channels, H W L sizes, m residues.
+A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the kind of data, and the fields of
+Task that the files determine. Shapes: n samples, C channels, H W L sizes, m residues.
 """
 
 import functools
@@ -61,10 +61,10 @@ def read_darcy(data_dir, cache):
 
 
 def darcy_pairs(path, n):
-    """The first n coefficients and their solutions, (n, 85, 85) each. Raises UserError if the file has not as many of each."""
+    """The first n coefficients and their solutions, (n, 85, 85) each. Raises UserError if the two counts differ."""
     a, u = (check_shape(path, read_mat(path, name, 5), (None, 85, 85)) for name in ("coeff", "sol"))
     if len(a) != len(u):
-        raise UserError(f"{path} has {len(a)} coefficients (coeff) and {len(u)} solutions (sol); expected as many of each.")
+        raise UserError(f"{path} has {len(a)} coefficients (coeff) and {len(u)} solutions (sol); expected equally many.")
     return a[:n], u[:n]
 
 
@@ -84,7 +84,7 @@ def darcy_channels(a, mean, std):
 
 
 def of_darcy_training(statistics):
-    """What of darcy the statistics of its training set change, each (85, 85). New coefficients are (n, 1, 85, 85)."""
+    """What the statistics (85, 85) of darcy's training set set in its Task. New coefficients are (n, 1, 85, 85)."""
     mean, std, mean_y, std_y = (np.float32(statistics[k]) for k in ("mean", "std", "mean_y", "std_y"))
     loss = functools.partial(relative_l2, mean=mean_y, std=std_y)
 
@@ -306,7 +306,7 @@ def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False)
                 test, _ = parts(len(both[1]))
                 both[1][test] = np.concatenate([snapshot(h5, *f) for f in y_test], axis=-1)[test]
             if len(both[0]) != len(both[1]):
-                raise UserError(f"{path} has {len(both[0])} inputs and {len(both[1])} targets; expected as many of each.")
+                raise UserError(f"{path} has {len(both[0])} inputs and {len(both[1])} targets; expected equally many.")
             return both
 
     with reading(path, "HDF5 file"), h5py.File(path) as h5:
@@ -335,7 +335,7 @@ def pde_fields(train, test, normalise=False):
 
 
 def of_normalised_training(statistics):
-    """What of a normalised 1D task the statistics of its training inputs change, each (L,). New fields are (n, 1, L)."""
+    """What the statistics (L,) of the training inputs of a normalised 1D task set in its Task. New fields are (n, 1, L)."""
     mean, std = (np.float32(statistics[k]) for k in ("mean", "std"))
 
     def prepare(where, x):
@@ -355,7 +355,7 @@ def simulate(name, finish, cache, scale, n_train, as_released, device, tokens=51
 
     Args:
         name: of pde.SETS.
-        finish: raw fields -> prepared ones and what of the task they change; the same as for the official files.
+        finish: raw fields -> prepared ones and the fields of Task that they determine; the same as for the official files.
         tokens: 1D: the task's; the tiny scale cuts its shorter sequences into fewer.
     Returns: as a task's `read`. A run that is killed meanwhile loses the set it was at.
     """

@@ -283,7 +283,8 @@ def crop_and_flip(x, u, padding=4):
     rows = shift[:, :1] + torch.arange(H, device=x.device)  # (B, H)
     columns = shift[:, 1:2] + torch.arange(W, device=x.device)  # (B, W)
     columns = torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))
-    return padded[torch.arange(B, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    cut = padded[torch.arange(B, device=x.device)[:, None, None], :, rows[:, :, None], columns[:, None]]  # (B, H, W, C)
+    return cut.permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 def resized_crop_and_flip(x, u, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):

@@ -55,7 +55,7 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
 
 
 def both(orca, **pare):
-    """Recipes of ORCA (shared by the other methods) and of PaRe, which mixes; `pare` are the values that differ."""
+    """Recipes of ORCA (the other methods share it) and of the methods that mix, PaRe and contrast: `pare` are what differs."""
     return {"orca": orca, "pare": replace(orca, **pare), "contrast": replace(orca, **pare)}
 
 

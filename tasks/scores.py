@@ -5,7 +5,7 @@ import numpy as np
 from cli import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses: of a batch, in fp32, the mean over its samples (some official codes sum: darcy)
+# Losses: of a batch, in fp32, the mean over its samples (some official code sums: darcy)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -95,19 +95,19 @@ def softmax(out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics: errors, lower is better, of numpy arrays of all samples at once (the official codes average chunks of about 1000)
+# Metrics: errors, lower is better, of numpy arrays of all samples at once (the official code averages chunks of about 1000)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def zero_one(out, y):
-    """Share of wrong answers. out (n, K), y (n,)"""
+    """Share of wrong predictions. out (n, K), y (n,)"""
     from sklearn.metrics import zero_one_loss
 
     return float(zero_one_loss(y, out.argmax(1)))
 
 
 def macro_f1_error(out, y):
-    """1 - mean over the classes that occur, in y or among the answers, of 2 TP / (2 TP + FP + FN). out (n, K), y (n,)"""
+    """1 - mean over the classes that occur, in y or among the predictions, of 2 TP / (2 TP + FP + FN). out (n, K), y (n,)"""
     from sklearn.metrics import f1_score
 
     return 1 - float(f1_score(y, out.argmax(1), average="macro", zero_division=0))
@@ -157,7 +157,7 @@ def clip_map_error(out, y):
 def balanced_error(out, y):
     """1 - (TP / (TP + FN) + TN / (TN + FP)) / 2 over the pixels that count. out (n, H, W) logits, y 0, 1 or NaN.
 
-    The benchmark calls it 1 - AUROC: it takes the area under the curve of answers that are already cut at logit 0.
+    The benchmark calls it 1 - AUROC: it takes the area under the curve of predictions that are already cut at logit 0.
     """
     hit = out > 0
     true_positive, true_negative = hit[y == 1].mean() if (y == 1).any() else 1.0, (~hit[y == 0]).mean()

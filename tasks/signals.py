@@ -261,7 +261,7 @@ def mask_bands(spectrum, u):
 def log_mel_image(x, u):
     """Sound and noise to log-mel images: (B, 2, 22050) -> (B, 1, 96, 102), the last column is zero.
 
-    With draws u (B, 25) both are masked, and three quarters get (1 - a) sound + a noise in decibels, a uniform in [0, 0.5].
+    With draws u (B, 25) both are masked, and three quarters become (1 - a) * sound + a * noise, in decibels, a ~ U(0, 0.5).
     """
     import torch
 

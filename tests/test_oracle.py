@@ -1,4 +1,4 @@
-"""Our code against numbers that the official codes returned for the same weights and inputs (fp32, one CPU thread).
+"""Our code against numbers that the official implementations returned for the same weights and inputs (fp32, one CPU thread).
 
     ORCA            github.com/sjunhongshen/ORCA, 19b8c1c; its OTDD: github.com/microsoft/otdd, 72f1b22
     PaRe            the authors' code, 7d5362c, with transformers 4.24 and timm 0.6.13
@@ -6,7 +6,7 @@
     PDEBench        github.com/pdebench/PDEBench, 9754b4c: nRMSE and RMSE of one step
 
 Weights and inputs are drawn by name: numpy's PCG64, seeded with the crc32 of the name. oracle.json and oracle.npz hold what the
-official codes made of them, numbers only: of a large array some entries and its norm. Where we differ on purpose
+official implementations made of them, numbers only: of a large array some entries and its norm. Where we differ on purpose
 (docs/paper-vs-code.md), the test states the relation to the official number.
 """
 

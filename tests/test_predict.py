@@ -200,7 +200,7 @@ def test_samples_of_another_kind_are_refused(finished, tmp_path):
     x[4, 0, 2] = np.nan
     refused(series, x, "sample 4 has nan; expected a finite")
     x[4] = 3e38
-    refused(series, x, "the answer to sample 4 is not finite")
+    refused(series, x, "the prediction of sample 4 is not finite")
 
 
 def test_rows_of_a_table_have_its_categories():

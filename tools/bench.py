@@ -1,6 +1,6 @@
 """Benchmarks: each claim about speed is measured together with its baseline, in one run.
 
-    python tools/bench.py step        a training step of each method and stage, from the setup of the official codes to ours
+    python tools/bench.py step        a training step of each method and stage, from the setup of the official code to ours
     python tools/bench.py curve       training loss over the first 200 steps on both paths, as docs/fast-path.png
     python tools/bench.py data        data loading, and the projection of images onto the sphere
     python tools/bench.py topk        the relaxed top-k of PaRe's gate against the N softmaxes of the official code
@@ -407,7 +407,7 @@ def make_splits(method, device, n=2048, classes=100):
 
 
 def loader(split, batch_size, steps, workers, device):
-    """Batches as in the official codes: samples are fetched one by one, collated and copied to the device."""
+    """Batches as in the official code: samples are fetched one by one, collated and copied to the device."""
     drawn = torch.utils.data.RandomSampler(Samples(split), replacement=True, num_samples=batch_size * steps)
     batches = torch.utils.data.DataLoader(
         Samples(split), batch_size, sampler=drawn, num_workers=workers, pin_memory=device.type == "cuda"
