@@ -52,8 +52,6 @@ METHODS = {
     "naive-random": "finetune.py --mode naive --init random",
     "naive-bias": "finetune.py --mode naive",  # 1D: the projection starts with a bias (why ORCA helps on series)
     "orca-bias": "orca.py",  # the same: does stage 1 help beyond that?
-    "naive-positions": "finetune.py --mode naive",  # 1D: positions as large as in a sentence (why ORCA helps on fields)
-    "orca-positions": "orca.py",  # the same: does stage 1 help beyond that?
     "naive-80": "finetune.py --mode naive --epochs 80",  # tiny scale: encodes as many samples as PaRe in 40 epochs
     "naive-47": "finetune.py --mode naive --epochs 47",  # as many as MoNA: 40 epochs and 2 of stage 1, of 10/3 times the work
     # ---- MoNA: its constants, of which the text gives none (docs/mona.md)
@@ -130,19 +128,6 @@ def start_with_bias(method):
     method.common.make_embedder = made
 
 
-def start_with_positions(method):
-    """1D only: at the start positions are 0.4 % of a token's variance on advection1d; ten times as large, they are 20 %."""
-    make = method.common.make_embedder
-
-    def made(*args):
-        embedder = make(*args)
-        with torch.no_grad():
-            embedder.positions.mul_(10)
-        return embedder
-
-    method.common.make_embedder = made
-
-
 def shuffle_labels(orca):
     align = orca.align
 
@@ -172,7 +157,5 @@ PATCHES = {
     "orca-freeze-both": freeze("embedder", "encoder"),
     "naive-bias": start_with_bias,
     "orca-bias": start_with_bias,
-    "naive-positions": start_with_positions,
-    "orca-positions": start_with_positions,
     "naive-test": choose_on_test,
 }
