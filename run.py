@@ -314,7 +314,7 @@ class Run:
     def finished_before(self, identity, splits):
         """Take the folder for this run; True if the run is finished already. Raises UserError as `start` does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder)
+        self.lock = None if self.result_file.exists() else lock(self.folder)  # nothing is written to a finished run
         identity |= {"checksums": [checksum(split) if split.kind == "official" else None for split in splits]}
         if self.begun():
             if not self.args.resume:

@@ -162,6 +162,18 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "cifar100", "orca-one-class", "orca", "one target class per problem ({} points better"),
     ):
         assert sentence.format(points(task, method, base)) in text
+    rows = measured("")  # points takes these from here on
+    for text, method, base, sentence in (
+        (readme, "orca", "naive", "with all series it is {} points better"),
+        (readme, "orca", "mona", "with 1,000 series and {} with all"),
+        (results, "orca", "naive", "with all series it is {} points better"),
+        (results, "mona", "naive", "MoNA is {} points and PaRe"),
+        (results, "pare", "naive", "and PaRe {} points better than naive"),
+        (results, "orca", "mona", "and ORCA {} points better than MoNA"),
+        (results, "orca", "pare", "better than MoNA and {} better than PaRe"),
+    ):
+        assert sentence.format(points("satellite", method, base)) in text
+    rows = measured("-1000")
     lower = reproduce.spread([row["test_last"] for row in reproduce.of(rates, n_train="2000")])  # at 1e-3
     assert f"last epoch is {lower}" in results
     for these, method in ((at_3e3, "contrast-stage1"), (at_3e3, "contrast-stage1-e20"), (rows, "contrast-stage1")):

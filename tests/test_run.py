@@ -251,7 +251,7 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(script, uninterrupte
     assert "holds a finished run" in error and len(error.splitlines()) == 2
     assert "finished before" in script("pare.py", *SHORT, *NOISE, "--resume", out=folder.parent)
     assert "gate_noise was 1.0, now 0.0" in script("pare.py", *SHORT, "--resume", out=folder.parent, code=2)
-    assert (folder / "result.json").read_bytes() == before
+    assert (folder / "result.json").read_bytes() == before and not (folder / ".lock").exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path):
