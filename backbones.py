@@ -41,8 +41,8 @@ ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num
 def watch_attention(encoder, tokens, modules, attention):
     """attention(module, *its arguments) of each of `modules`, in order, while `encoder` reads `tokens`.
 
-    In evaluation mode and without gradients; the encoder is left as it was. The fused kernels of a model
-    return no attention matrix: `attention` computes it again.
+    In evaluation mode and without gradients; the encoder is left as it was. The fused kernels of a model return no
+    attention matrix: `attention` computes it again.
     """
     found, training = [], encoder.training
     hook = lambda module, args, kwargs: found.append(attention(module, *args, **kwargs))

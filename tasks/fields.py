@@ -1,7 +1,7 @@
 """Fields: the readers of darcy, psicov, cosmic and PDEBench, and simulated data for PDE tasks whose files are missing.
 
-A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the kind of data, and the fields of
-Task that the files determine. Shapes: n samples, C channels, H W L sizes, m residues.
+A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the kind of data, and the fields of Task
+that the files determine. Shapes: n samples, C channels, H W L sizes, m residues.
 """
 
 import functools
@@ -84,7 +84,7 @@ def darcy_channels(a, mean, std):
 
 
 def of_darcy_training(statistics):
-    """What the statistics (85, 85) of darcy's training set set in its Task. New coefficients are (n, 1, 85, 85)."""
+    """The fields of Task set by the statistics (85, 85) of darcy's training data. New coefficients are (n, 1, 85, 85)."""
     mean, std, mean_y, std_y = (np.float32(statistics[k]) for k in ("mean", "std", "mean_y", "std_y"))
     loss = functools.partial(relative_l2, mean=mean_y, std=std_y)
 
@@ -335,7 +335,7 @@ def pde_fields(train, test, normalise=False):
 
 
 def of_normalised_training(statistics):
-    """What the statistics (L,) of the training inputs of a normalised 1D task set in its Task. New fields are (n, 1, L)."""
+    """The fields of Task set by the statistics (L,) of a normalised 1D task's training inputs. New fields are (n, 1, L)."""
     mean, std = (np.float32(statistics[k]) for k in ("mean", "std"))
 
     def prepare(where, x):

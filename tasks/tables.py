@@ -343,7 +343,7 @@ def encode_rows(values, categories, mean, std):
 
 
 def of_training_rows(statistics):
-    """What the statistics of the training rows set in a Task: the weights of its classes, and how new rows are prepared.
+    """The fields of Task set by the statistics of the training rows: the weights of its classes, and how new rows are prepared.
 
     New rows are (n, F), without the label and the columns that were left out, in the order of the table.
     """
@@ -351,7 +351,7 @@ def of_training_rows(statistics):
 
     def prepare(where, values):
         values = np.float64(check_shape(where, values, (None, len(categories))))  # as the numbers of a table are read
-        known = np.where(np.isnan(values) & categories.any(), 0, values)  # NaN is one more category, or an error
+        known = np.where(np.isnan(values) & categories.any(), 0, values)  # only tables with categories may have missing values
         check(where, known, (len(categories),))
         for column in np.flatnonzero(categories):
             check(f"{where}: column {column}", known[:, column], (), "class", categories[column])
