@@ -224,6 +224,9 @@ def torchrun():
 def choose_device(number=0):
     """The GPU with this number, or the CPU, and the precision there: bf16 autocast where a GPU has it, else fp32."""
     if not torch.cuda.is_available():
+        import joblib
+
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))  # a container may use fewer than torch sees
         return torch.device("cpu"), "fp32"
     if number >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What keeps a run: optimizer and schedule, random streams, files, resuming, a disk without room."""
+"""What keeps a run: devices, optimizer and schedule, random streams, files, resuming, a disk without room."""
 
 import errno
 import functools
@@ -9,6 +9,7 @@ import time
 from itertools import product
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pair
 import pytest
@@ -32,6 +33,19 @@ def test_a_process_without_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(cli.UserError, match="process 1 has no GPU, 1 can be seen.\nStart with torchrun --nproc_per_node=1"):
         run.choose_device(1)
+
+
+def test_a_container_gets_no_more_threads_than_cores(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    try:
+        for given, used in ((64, 2), (1, 1)):
+            torch.set_num_threads(given)
+            run.choose_device()
+            assert torch.get_num_threads() == used
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- optimizer and schedule
