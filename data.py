@@ -31,7 +31,7 @@ from tasks.published import RECIPES, TINY_RECIPES, TINY_STEPS, TOY_STEPS, Recipe
 from tasks.signals import read_wav
 from tasks.tables import read_openml
 
-# Includes what the reader of a task of your own needs (README, "Your own data")
+# Includes what the reader of a task of your own needs (docs/your-own.md)
 __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_names", "find_task", "kept", "load",
            "load_proxy", "locate", "numbers", "read_npy", "read_openml", "read_wav", "replacing"]  # fmt: skip
 

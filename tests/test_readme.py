@@ -1,4 +1,4 @@
-"""What README shows works as it stands there."""
+"""What README and the docs show works as it stands there, and is what was measured."""
 
 import csv
 import re
@@ -16,9 +16,9 @@ from tools import charts, reproduce
 README = (ROOT / "README.md").read_text()
 
 
-def test_a_task_of_ones_own_made_as_in_readme(script, tmp_path, monkeypatch):
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if 'TASKS["mine"]' in block]
-    (tmp_path / "mine.py").write_text(example)
+def test_a_task_of_ones_own_made_as_in_the_docs(script, tmp_path, monkeypatch):
+    text = (ROOT / "docs/your-own.md").read_text()
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
     monkeypatch.setitem(data.TASKS, "mine", None)  # and removed again
     rng = np.random.default_rng(0)
     y, y_test = rng.integers(0, 5, 90), rng.integers(0, 5, 30)
@@ -125,8 +125,8 @@ def test_a_comparison_with_naive_is_that_of_its_rows(section, study, n_train, me
 
 
 def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
-    files = ("README.md", "docs/results.md", "docs/why-orca.md")
-    readme, results, why = (" ".join((ROOT / name).read_text().split()) for name in files)
+    files = ("README.md", "docs/results.md", "docs/why-orca.md", "docs/measurements.md")
+    readme, results, why, measurements = (" ".join((ROOT / name).read_text().split()) for name in files)
     with (ROOT / "docs/rates-1000.csv").open() as file:
         rates = [row | {"seed": int(row["seed"]), "test_last": float(row["test_last"])} for row in csv.DictReader(file)]
     rows, at_3e3 = measured("-1000"), reproduce.of(rates, lr="0.003")
@@ -175,7 +175,7 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
     lower = reproduce.spread([row["test_last"] for row in reproduce.of(rates, n_train="2000")])  # at 1e-3
     assert f"last epoch is {lower}" in results
     for these, method in ((at_3e3, "contrast-stage1"), (at_3e3, "contrast-stage1-e20"), (rows, "contrast-stage1")):
-        assert f"| {reproduce.apart(these, 'cifar100', method).split(' | ')[0]}, fine-tuned at " in results
+        assert f"| {reproduce.apart(these, 'cifar100', method).split(' | ')[0]}, fine-tuned at " in measurements
 
 
 @pytest.mark.parametrize("method", ["pare", "orca", "mona", "recraft", "contrast", "finetune"])
