@@ -185,7 +185,7 @@ TINY_RECIPES = {
     "2D fields": TINY,
     "series": replace(TINY, lr=1e-3),
     "1D fields": TINY,
-    "tables": replace(TINY, lr=1e-3),
+    "tables": replace(TINY, lr=1e-4),
 }
-TINY_STEPS = {"images": 100, "2D fields": 100, "series": 150, "1D fields": 100, "tables": 25}
+TINY_STEPS = {"images": 100, "2D fields": 100, "series": 150, "1D fields": 100, "tables": 10}
 TOY_STEPS = 13  # a demonstration: PaRe ends within two minutes
