@@ -171,7 +171,7 @@ def guarded(main, *args):
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped. Resume a training run with --resume.", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: stopped. Repeat the command to go on (training: with --resume).", file=sys.stderr)
         raise SystemExit(130) from None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here

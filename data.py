@@ -259,7 +259,8 @@ def find_task(name):
         return openml_task(int(table[1]))
     if name not in TASKS:
         near = difflib.get_close_matches(name, [*TASKS, "openml<ID>"], 3, 0.5) or TASKS
-        raise UserError(f"there is no task {name!r}; perhaps {' or '.join(near)}. `python data.py` lists all.")
+        raise UserError(f"there is no task {name!r}; perhaps {' or '.join(near)}. `python data.py` lists all.\n"
+                        "A task of your own is known to the file that defines it: docs/your-own.md.")  # fmt: skip
     return TASKS[name]
 
 

@@ -83,6 +83,8 @@ def confusion(title, out, y, names=None):
     if names and len(names) == K <= 24:
         axis.set_xticks(range(K), names, rotation=90, fontsize=7)
         axis.set_yticks(range(K), names, fontsize=7)
+    else:
+        axis.locator_params(integer=True)
     figure.colorbar(image, ax=axis, label="share of the true class")
     return png(figure)
 

@@ -163,6 +163,8 @@ def start(args, task, method, seed, device, context):
         multiprocessing.connection.wait([process.sentinel])
         with STARTING:
             process.join()
+        if process.exitcode == 130:  # Ctrl-C
+            return False
         if process.exitcode:
             print(f"{task} {method} seed {seed} failed:\n{log.read_text(errors='replace')[-2000:]}", file=sys.stderr)
             return False
@@ -293,7 +295,8 @@ def apart(rows, task, method, base="naive"):
 def table(rows, task):
     """Print the results of one task in Markdown: test error at the best and at the last epoch, mean ± std over seeds."""
     first = of(rows, task=task)[0]
-    print(f"\n{task}: {first['data']} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
+    origins = " and ".join(dict.fromkeys(row["data"] for row in of(rows, task=task)))  # toy: a method's source may be missing
+    print(f"\n{task}: {origins} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
     print("| method | test, epoch best on validation | test, last epoch | last epoch minus naive, same seeds | p | n | minutes",
           "| published, full scale |\n" + "|---" * 8 + "|")  # fmt: skip
     for method in known_methods(rows):
@@ -425,6 +428,8 @@ def main(args):
             with contextlib.suppress(OSError):  # Windows: links need a privilege; without, each variant prepares its own
                 (out / "cache").symlink_to(Path("..") / "cache")
     wanted = list(itertools.product(range(args.seeds), args.tasks, args.methods))  # seed 0 of all tasks and methods comes first
+    if args.known:
+        print(f"{len(wanted)} runs, {sum((t, m, s) in known for s, t, m in wanted)} of them known", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
     if rows := [row for row in save(args) if row["task"] in args.tasks]:

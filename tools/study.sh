@@ -4,8 +4,9 @@
 # First with 1,000 samples (a run takes 1 to 6 minutes on one thread), then at the default budget (10 minutes to an hour). Two
 # runs at a time, of one thread each; all of them take some days. It may be stopped at any time: finished runs are skipped, an
 # interrupted one resumes, and a run whose row is in docs/results*.csv is not repeated even if its folder is lost. The most
-# important runs come first.
+# important runs come first. Runs go to OUT_DIR, OUT_DIR-1000 and so on, their rows to docs/results*.csv.
 set -euo pipefail
+trap 'exit 130' INT TERM # otherwise Ctrl-C would only end the current line
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
