@@ -322,7 +322,7 @@ class Split:
     labels there are, None for fields.
     """
 
-    def __init__(self, x, y, classes, kind, like, device):
+    def __init__(self, x, y, classes, origin, like, device):
         import torch
 
         self.device = torch.device(device)
@@ -330,7 +330,7 @@ class Split:
             part if isinstance(part, Lazy) else torch.from_numpy(np.require(part, requirements="CWO")).to(device)
             for part in (x, y)
         )  # copied if it is the map of a file
-        self.classes, self.kind, self.augment, self.draws = classes, kind, like.augment, like.draws
+        self.classes, self.origin, self.augment, self.draws = classes, origin, like.augment, like.draws
         self.target, self.shape, self.loss = like.target, like.shape, like.loss
         self.output = like.output if classes is None else (classes,)
         self.name = like.name  # target and source draw different numbers
@@ -389,7 +389,7 @@ class Split:
         one_pass = max(1, len(self) // args.batch_size)
         if args.scale == "full":
             return one_pass
-        if self.kind == "toy":
+        if self.origin == "toy":
             return min(one_pass, args.accumulate * TOY_STEPS)
         return args.accumulate * TINY_STEPS[find_task(self.name).kind]
 
@@ -472,13 +472,13 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     task, data_dir, cache = find_task(task), Path(data_dir), Path(cache)
     try:
         read = (as_released and task.read_released) or task.read
-        train, test, kind, *changes = read(data_dir, cache)
+        train, test, origin, *changes = read(data_dir, cache)
     except Missing as missing:
         advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` downloads the files."
         advice = advice if task.downloads or task.name.startswith("openml") else "Put it there."  # a task of one's own
         if task.simulate:
             print(f"SIMULATED: {missing}\n           The equation is solved here instead.")
-            train, test, kind, *changes = task.simulate(cache, scale, n_train, as_released, device)
+            train, test, origin, *changes = task.simulate(cache, scale, n_train, as_released, device)
         elif scale != "tiny" or task.toy is None:
             without = " To try without: --scale tiny." * (task.toy is not None)
             raise Missing(f"{task.name}: {missing}\n{advice}{without}") from None
@@ -488,18 +488,18 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
             n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
             train = task.toy(n + n // 9 + 1, seed=0)
             test = task.toy(min(TOY_TEST, most), seed=1)
-            kind, changes = "toy", []
+            origin, changes = "toy", []
     task = replace(task, **changes[0]) if changes else task
     train, test = ([numbers(f"{task.name}, {name}", part) for part in (x, y)]
                    for name, (x, y) in (("training set", train), ("test set", test)))  # fmt: skip
-    toy_classes = [count_classes(task.target, y) for _, y in (train, test)] if kind == "toy" else []  # of what is drawn
+    toy_classes = [count_classes(task.target, y) for _, y in (train, test)] if origin == "toy" else []  # of what is drawn
     classes = None if task.target == "field" else max(toy_classes, default=task.output[0])
     order = np.random.default_rng(stream("validation split", seed)).permutation(len(train[0]))
     n_train = min(n_train or len(order), len(order) - max(1, len(order) // 10))
     n_val = min(max(1, n_train // 9), len(order) - n_train)
     if (groups := getattr(train[0], "groups", None)) is not None:  # a tenth of the groups, whole, comes first
-        kinds = np.random.default_rng(stream("validation groups", seed)).permutation(np.unique(groups))
-        held = np.isin(groups[order], kinds[: max(1, len(kinds) // 10)])  # (n,) in the order drawn
+        shuffled = np.random.default_rng(stream("validation groups", seed)).permutation(np.unique(groups))
+        held = np.isin(groups[order], shuffled[: max(1, len(shuffled) // 10)])  # (n,) in the order drawn
         n_val, n_train = min(n_val, int(held.sum())), min(n_train, int((~held).sum()))
         order = np.concatenate([order[held][:n_val], order[~held]])
     rows = {"train": np.sort(order[n_val : n_val + n_train]), "val": np.sort(order[:n_val])}
@@ -507,14 +507,14 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     passed["test"] = validate(f"{task.name}, test set", *test, task, classes)
     if n_train < 1:
         raise UserError(f"{task.name}: {len(order)} training samples; expected two or more: some are held out for validation.")
-    loaded = Loaded(task, **{name: Split(*part, classes, kind, task, device) for name, part in passed.items()})
+    loaded = Loaded(task, **{name: Split(*part, classes, origin, task, device) for name, part in passed.items()})
     first = torch.zeros(1, dtype=torch.int64, device=device)
     found, wanted = tuple(loaded.train.inputs(first).shape[1:]), tuple(task.shape)
     if found != wanted:
         raise UserError(f"{task.name}: {data_dir} has samples of {by_x(found)}; expected {by_x(wanted)}.")
     what = f"{classes} {'classes' if task.target == 'class' else 'labels'}" if classes else f"fields {by_x(task.output)}"
-    print(f"target  {task.name}: {kind} data, {n_train:,} samples for training and {n_val:,} for validation of {len(order):,},",
-          f"{len(loaded.test):,} for test, {what}")  # fmt: skip
+    print(f"target  {task.name}: {origin} data, {n_train:,} samples for training and {n_val:,} for validation of",
+          f"{len(order):,}, {len(loaded.test):,} for test, {what}")  # fmt: skip
     return loaded
 
 
@@ -548,7 +548,7 @@ def class_names(loaded, data_dir):
     Toys have names of their own, which say what was drawn. Raises UserError where there are none, and why; Missing if the file
     that has them is.
     """
-    task, toy, K = loaded.task, loaded.train.kind == "toy", loaded.train.classes
+    task, toy, K = loaded.task, loaded.train.origin == "toy", loaded.train.classes
     names = task.toy_names[:K] if toy else task.names(Path(data_dir)) if callable(task.names) else task.names
     if not isinstance(names, tuple) or not names:
         why = "its toy data have none" if toy else names or "its files have none"
@@ -567,20 +567,20 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
     proxy, data_dir = PROXIES[name], Path(data_dir)
     try:
         x, y, *count = proxy.read(data_dir, n, seed, *[tokenizer] * (proxy.modality == "1d"))
-        kind, classes = "official", None if proxy.target == "field" else [*proxy.output, *count][-1]
+        origin, classes = "official", None if proxy.target == "field" else [*proxy.output, *count][-1]
     except Missing as missing:
         advice = f"`python data.py --prepare {name} --data-dir {data_dir}` downloads the files."
         if scale != "tiny":
             raise Missing(f"source {name}: {missing}\n{advice} To try without: --scale tiny.") from None
         print(f"TOY DATA: {missing}\n          Generated data take the place of {name}; {advice}")
         x, y, *count = proxy.toy(min(n, TOY_TEST), seed=2)
-        kind, classes = "toy", count_classes(proxy.target, y)
+        origin, classes = "toy", count_classes(proxy.target, y)
     if proxy.modality == "1d":
         x = text.token_ids(x, tokenizer)  # (n, words)
     what = f"{classes} classes" if classes else f"fields {by_x(proxy.output)}"
     x, y = validate(f"source {name}", x, y, proxy, classes)
-    print(f"source  {name}: {kind} data, {len(y):,} samples, {what}")
-    return Split(x, y, classes, kind, proxy, device)
+    print(f"source  {name}: {origin} data, {len(y):,} samples, {what}")
+    return Split(x, y, classes, origin, proxy, device)
 
 
 def class_labels(split, k=10, seed=0):

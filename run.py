@@ -286,12 +286,12 @@ class Run:
 
         Raises UserError if the folder holds another run, or this one without --resume, or a damaged one.
         """
-        args, kinds, n = self.args, [split.kind for split in splits], len(splits[0])
+        args, origins, n = self.args, [split.origin for split in splits], len(splits[0])
         if args.batch_size > max(64, n):  # 64 is the largest published batch; small sets are repeated to fill one
             raise UserError(f"--batch-size {args.batch_size:,} is more than the {n:,} training samples.\nGive a smaller one.")
-        identity = asdict(args) | {"data": kinds, "samples": [len(split) for split in splits]}
-        self.kind = "toy" if "toy" in kinds else kinds[0]
-        toy = "-toy" if self.kind == "toy" else ""
+        identity = asdict(args) | {"data": origins, "samples": [len(split) for split in splits]}
+        self.origin = "toy" if "toy" in origins else origins[0]
+        toy = "-toy" if self.origin == "toy" else ""
         backbone = Path(args.backbone).name.replace(":", "_").removesuffix(".safetensors")
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
@@ -318,7 +318,7 @@ class Run:
         """Take the folder for this run; True if the run is finished already. Raises UserError as `start` does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = None if self.result_file.exists() else lock(self.folder)  # nothing is written to a finished run
-        identity |= {"checksums": [checksum(split) if split.kind == "official" else None for split in splits]}
+        identity |= {"checksums": [checksum(split) if split.origin == "official" else None for split in splits]}
         if self.begun():
             if not self.args.resume:
                 state = (
@@ -554,7 +554,7 @@ class Run:
         commit = git and subprocess.run(head, capture_output=True, text=True).stdout.strip()
         result = {
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
-            "data": self.kind, "seed": args.seed, "metric": task.metric, "direction": "min",
+            "data": self.origin, "seed": args.seed, "metric": task.metric, "direction": "min",
             "test": test, "test_last": test_last,
             "val": self.best, "best_epoch": self.best_epoch, "epochs": args.epochs, "steps": steps,
             "n_train": len(loaded.train),
@@ -564,11 +564,11 @@ class Run:
             "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
         }  # fmt: skip
         if self.rank == 0:
-            title = f"{self.folder.name}  ({self.kind} data)"
+            title = f"{self.folder.name}  ({self.origin} data)"
             write(self.folder / "curves.png", plots.curves(title, self.stage1, self.history, result))
             if task.target != "labels":
                 x = self.first_inputs(loaded.test).cpu().numpy()
-                shown = replace(task, names=task.toy_names if loaded.train.kind == "toy" else task.names)
+                shown = replace(task, names=task.toy_names if loaded.train.origin == "toy" else task.names)
                 write(self.folder / "predictions.png", plots.predictions(title, shown, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
             self.write_best(from_safetensors(self.best_file.read_bytes()), **about)  # not mapped: Windows replaces no such file

@@ -1,6 +1,6 @@
 """Fields: the readers of darcy, psicov, cosmic and PDEBench, and simulated data for PDE tasks whose files are missing.
 
-A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the kind of data, and the fields of Task
+A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the origin of the data, and the fields of Task
 that the files determine. Shapes: n samples, C channels, H W L sizes, m residues.
 """
 
@@ -69,7 +69,7 @@ def darcy_pairs(path, n):
 
 
 def darcy_fields(train, test):
-    """Raw fields (n, 85, 85) -> what `read_darcy` returns, but for the kind."""
+    """Raw fields (n, 85, 85) -> what `read_darcy` returns, but for the origin."""
     (a, u), (a_test, u_test) = train, test
     mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5  # (85, 85)
     statistics = {"mean": mean, "std": std, "mean_y": u.mean(0), "std_y": u.std(0, ddof=1) + 1e-5}

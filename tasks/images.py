@@ -1,7 +1,7 @@
 """Images: CIFAR, Tiny-ImageNet, VOC, and CIFAR-100 projected onto the sphere; how images are augmented.
 
-A reader of a task takes (data_dir, cache) and returns (x, y) of training, (x, y) of test and the kind of data; a reader of a
-source takes (data_dir, n, seed), for text also the tokenizer, and returns x, y.
+A reader of a task takes (data_dir, cache) and returns (x, y) of training, (x, y) of test and the origin of the data; a reader
+of a source takes (data_dir, n, seed), for text also the tokenizer, and returns x, y.
 Shapes: n samples, B batch, C channels, H W sizes, 2b x 2b the sphere's grid.
 torch is imported only where it is used, in all of tasks/ except pde.py, so that `python data.py` starts quickly.
 """

@@ -1,6 +1,6 @@
 """Signals: the readers of ninapro, ecg, satellite, deepsea and fsd50k; sound as log-mel images.
 
-A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test and the kind of data.
+A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test and the origin of the data.
 Shapes: n samples, B batch; the last axis is time, except for log-mel images (B, bands, times).
 """
 

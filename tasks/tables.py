@@ -286,15 +286,15 @@ def read_openml(data_dir, cache, number):
     from sklearn.model_selection import train_test_split
 
     try:
-        (values, categories, column_names, labels), kind = read_table(number, data_dir), "official"
+        (values, categories, column_names, labels), origin = read_table(number, data_dir), "official"
     except Missing:
         if number not in SKLEARN_COPIES:
             raise
         copy = getattr(datasets, SKLEARN_COPIES[number])()
         values, categories, column_names, labels = copy.data, {}, copy.feature_names, copy.target.astype(str)
-        kind = "sklearn"
+        origin = "sklearn"
     names, y = np.unique(labels, return_inverse=True)
-    called = names if kind == "official" else copy.target_names  # scikit-learn's copies have numbers as labels
+    called = names if origin == "official" else copy.target_names  # scikit-learn's copies have numbers as labels
     rarest = np.bincount(y).min(initial=len(y))
     if len(names) < 2 or rarest < 2 or len(y) < 10 * len(names):
         raise UserError(
@@ -319,7 +319,7 @@ def read_openml(data_dir, cache, number):
     statistics |= {"channels": x.shape[1], "weights": weights}
     changes = {"shape": x.shape[1:], "output": (len(names),), "statistics": statistics, **of_training_rows(statistics)}
     changes |= {"names": tuple(map(str, called))} if are_words(called) else {}
-    return (x[train], y[train]), (x[test], y[test]), kind, changes
+    return (x[train], y[train]), (x[test], y[test]), origin, changes
 
 
 def encode_rows(values, categories, mean, std):

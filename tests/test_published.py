@@ -43,10 +43,10 @@ def test_recipes_name_a_source_of_their_modality():
 
 
 def test_an_epoch_is_a_number_of_steps_at_the_tiny_scale_and_a_pass_elsewhere():
-    def batches(task, scale, kind="official", n=1000, **options):
+    def batches(task, scale, origin="official", n=1000, **options):
         args = data.complete(orca.Args(task=task, scale=scale, **options), "orca", scale)
         classes = 10 if data.find_task(task).target == "class" else None
-        return data.Split(np.zeros((n, 1)), np.zeros(n), classes, kind, data.find_task(task), "cpu").batches_in_epoch(args)
+        return data.Split(np.zeros((n, 1)), np.zeros(n), classes, origin, data.find_task(task), "cpu").batches_in_epoch(args)
 
     assert batches("satellite", "full", batch_size=32) == 31  # what does not fill a batch is left out
     assert batches("satellite", "full", n=5, batch_size=32) == 1

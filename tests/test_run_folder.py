@@ -59,8 +59,8 @@ def damage(path, how):
 class Split:
     """All that Run.start asks of a data.Split."""
 
-    def __init__(self, kind, n):
-        self.kind, self.n, self.x, self.y, self.device = kind, n, None, None, "cpu"
+    def __init__(self, origin, n):
+        self.origin, self.n, self.x, self.y, self.device = origin, n, None, None, "cpu"
 
     def rows(self, part, index):
         return torch.zeros(len(index))

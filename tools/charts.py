@@ -152,7 +152,7 @@ def chosen(args, rows):
 
 
 def table(args):
-    """Print a Markdown table of errors at the last epoch, with p of a paired t test against naive fine-tuning.
+    """Print a Markdown table of errors at the last epoch, with p of a paired t test against naive fine-tuning, and n if not 3.
 
     A column is a task and a number of training samples; those with one method only are left out. Returns: column -> methods.
     """
@@ -162,7 +162,8 @@ def table(args):
         those, cells = of(rows, task=task, n_train=n_train), {}
         for method, errors in errors_of(those, "method").items():
             p = apart(those, task, method).split(" | ")[1]
-            cells[method] = f"{spread(errors)} (n {len(errors)}{f', p {p}' if p else ''})"
+            more = [f"n {len(errors)}"] * (len(errors) != 3) + [f"p {p}"] * bool(p)
+            cells[method] = spread(errors) + (f" ({', '.join(more)})" if more else "")
         cells = {method: cell for method, cell in cells.items() if method in methods}
         if len(cells) > 1:
             columns[f"{task}, {n_train:,} samples: {those[0]['metric']}"] = cells

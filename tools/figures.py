@@ -243,9 +243,9 @@ def rebuild(run, args, method=None):
         of_source = options["source"], args.data_dir, options["scale"], data.SOURCE_SAMPLES, options["seed"], "cpu"
         rebuilt.source_set = data.load_proxy(*of_source, source.tokenizer)
         splits.append(rebuilt.source_set)
-    for split, kind in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA list the data of their source, too
-        if split.kind != kind:
-            raise cli.UserError(f"{run} saw {kind} data; --data-dir {args.data_dir} gives {split.kind}.\nGive its --data-dir.")
+    for split, seen in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA list the data of their source, too
+        if split.origin != seen:
+            raise cli.UserError(f"{run} saw {seen} data; --data-dir {args.data_dir} gives {split.origin}.\nUse its --data-dir.")
     for name, module in modules.items():
         module.load_state_dict(part(net, name))
         module.eval()
@@ -626,7 +626,7 @@ def discrepancy(args, classes=10, n=500, draws=5):
             index, y = draw_of_classes(loaded.train, n, classes, seed)
             seen = fitted.predict_proba(features(embedder, source.encoder, loaded.train, index))  # (n, K_s)
             values.append(mismatch(np.stack([seen[y == c].mean(0) for c in y.unique()])))
-        found[f"{name}\n({loaded.train.kind})"] = values
+        found[f"{name}\n({loaded.train.origin})"] = values
         print(f"{name}: D = {spread(values)}, of {len(y.unique())} classes")
     figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(found), 4), layout="constrained")
     means, deviations = ([f(values) for values in found.values()] for f in (np.mean, lambda v: np.std(v, ddof=1)))
