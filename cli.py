@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-# options with bounds: those that must be positive, and the largest value of those that may also be 0. They are checked by name
-# in every script, also in a method of your own
+# options with bounds, checked by name in every script, also in a method of your own: those that must be positive, and those
+# that may be 0, with their largest value
 POSITIVE = ("epochs", "steps_per_epoch", "n_train", "batch_size", "accumulate", "lr", "decay_epochs", "temperature", "tau",
             "embedder_lr", "meta_lr", "inner_lr", "label_lr", "max_samples", "align_samples", "label_samples",
             "contrast_samples", "noise_steps", "rank", "alpha", "classes_per_problem", "source_samples", "gcn_steps",
@@ -57,7 +57,7 @@ class Args:
     seed: int = 0
     """random seed. Results of one seed are not reliable: report at least three"""
     init: Literal["copy", "random"] = "copy"
-    """initial target embedder: copied from the pretrained one, or random. On images it matters more than most methods"""
+    """initial target embedder: copied from the pretrained one, or random. On cifar100 it matters more than any method"""
     as_released: bool = False
     """follow the official code where it differs from the paper"""
     resume: bool = False
@@ -74,7 +74,7 @@ class Args:
     epochs: int | None = None
     """epochs of training, each followed by validation. Default, as for those below: the task's recipe (full: published)"""
     n_train: int | None = None
-    """training samples used; methods differ most when there are few"""
+    """training samples, besides those held out for validation. Default: at most 10,000 (tiny), nine tenths of all (full)"""
     batch_size: int | None = None
     """samples in a forward pass, over all processes. Out of memory: halve it and double --accumulate"""
     accumulate: int | None = None
@@ -153,9 +153,9 @@ def reason(error):
 
 
 def closed(stream):
-    """Does nobody read what is printed any more?"""
+    """Whether the reader of this stream has closed it."""
     try:
-        stream.write("\n")  # a flush of nothing would not tell
+        stream.write("\n")  # flushing an empty buffer raises no error
         stream.flush()
     except BrokenPipeError:
         return True
@@ -163,7 +163,7 @@ def closed(stream):
 
 
 def guarded(main, *args):
-    """Call `main`; report a UserError, a file that cannot be opened, a full disk or a full GPU in two lines, exit code 2."""
+    """Call `main`; report a UserError, an unreadable file, a full disk or a full GPU in one or two lines, exit code 2."""
     try:
         result = main(*args)
         sys.stdout.flush()
@@ -182,8 +182,8 @@ def guarded(main, *args):
             message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
         elif error.filename and error.errno in NO_ACCESS:
             message = f"{error.filename}: {error.strerror}.\nCheck its permissions, or give another path."
-        elif error.errno == errno.EPIPE and closed(sys.stdout):  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed goes nowhere
+        elif error.errno == errno.EPIPE and closed(sys.stdout):  # e.g. head has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard the rest of the output
             raise SystemExit(141) from None
         else:
             raise

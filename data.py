@@ -270,7 +270,7 @@ def complete(args, method, scale):
     Raises UserError for a source of another modality than the task's.
     """
     task = find_task(args.task)
-    recipe = task.recipes.get(method, task.recipes["orca"])
+    recipe = task.recipes.get(method) or task.recipes["pare" if hasattr(args, "k_begin") else "orca"]  # of a method of your own
     source = getattr(args, "source", None) or recipe.source
     if PROXIES[source].modality != task.modality:
         fitting = " or ".join(proxy.name for proxy in PROXIES.values() if proxy.modality == task.modality)

@@ -16,9 +16,9 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch: error on cifa
 (scratch), 0.777 ± 0.007 (norms), 0.778 ± 0.003 (lora); on satellite 0.417 ± 0.012 (naive), 0.411 ± 0.025 (scratch).
 docs/results.md has the commands and more.
 
-All modes share the recipe of ORCA's configuration, and the option --init: in ORCA's release the naive baseline also starts
-from another embedder than ORCA, which is worth more than most methods on images. `--as-released` reproduces that start:
-docs/paper-vs-code.md, O2.
+All modes have ORCA's settings (full scale) or those of all methods (tiny scale), and the option --init. In ORCA's release,
+naive fine-tuning starts from a worse embedder than ORCA; on cifar100 that matters more than any method. `--as-released`
+reproduces this start: docs/paper-vs-code.md, O2.
 """
 
 import copy
@@ -49,7 +49,7 @@ class Args(cli.Args):
     """lora: updates are scaled by alpha / r"""
 
 
-BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", ".attention.self.", ".dense.")  # attention and feed-forward: Swin and ViT, BERT
+BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", ".attention.self.", ".dense.")  # linear maps of Swin and ViT (three), BERT
 
 
 def trains(mode, name, warming=False):
@@ -63,11 +63,11 @@ def trains(mode, name, warming=False):
         return part != "encoder"
     if mode == "norms":
         return part != "encoder" or "norm" in name.lower()
-    return part == "predictor" if mode == "probe" else True
+    return mode != "probe" or part == "predictor"  # naive, scratch: everything
 
 
 def set_trainable(model, mode, warming=False):
-    """Switch gradients on or off by parameter, so that what is frozen costs no gradient either."""
+    """Switch gradients on or off by parameter: for a frozen one, none is computed."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(mode, name, warming))
 
@@ -82,15 +82,16 @@ class LoRA(nn.Module):
     def __init__(self, model, rank, alpha):
         super().__init__()
         self.model, self.scale = model, alpha / rank
+        # the linear maps of attention and feed-forward, (out, in) each
         body = {name: p for name, p in model.named_parameters() if any(layer in name for layer in BODY) and p.ndim == 2}
-        self.names = list(body)  # the linear maps of attention and feed-forward
+        self.names = list(body)
         self.A = nn.ParameterList(torch.empty(rank, p.shape[1]).uniform_(-1, 1) / p.shape[1] ** 0.5 for p in body.values())
         self.B = nn.ParameterList(torch.zeros(p.shape[0], rank) for p in body.values())
 
     def merged(self):
         """name -> W_0 + alpha / r B A, (out, in)"""
         updates = zip(self.names, self.A, self.B, strict=True)
-        with common.autocast_off(self.A[0]):  # the weights that train are those that are saved
+        with common.autocast_off(self.A[0]):  # W is the same in training as when it is saved
             return {name: self.model.get_parameter(name) + self.scale * (B @ A) for name, A, B in updates}
 
     def merge_into(self, model):
@@ -129,8 +130,9 @@ def main(args):
     set_trainable(model, args.mode)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise cli.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
-    warms = args.mode == "warmup" and args.warmup_share > 0
-    warming_epochs = min(max(1, round(args.epochs * args.warmup_share)), args.epochs - (args.warmup_share < 1)) if warms else 0
+    warming_epochs = 0
+    if args.mode == "warmup" and args.warmup_share > 0:  # at least one epoch, and one for the rest unless the share is 1
+        warming_epochs = min(max(1, round(args.epochs * args.warmup_share)), args.epochs - (args.warmup_share < 1))
     if args.mode == "lora":
         if args.checkpoint:
             raise cli.UserError("--checkpoint does not work with --mode lora.\nLeave it out, and lower --batch-size.")

@@ -9,7 +9,7 @@ joins the graph as a neighbour of its own label, and the output of the GCN for i
 
     stage 1:
     1  t_cp = unit(mean of the text encoder's outputs at the tokens of the name, in prompt p of class c)       T: n = K P nodes
-    2  A_ij = <t_i, t_j> if i and j have the same class, or if A_ij is one of the r n^2 largest between classes; else 0
+    2  A_ij = <t_i, t_j> if i and j have the same class, or if it is one of the r n^2 largest between classes; else 0
     3  N(A) = D^-1/2 A D^-1/2,  O = N(A) LeakyReLU(N(A) T W1) W2;  W1, W2 <- argmin L(O, class), then frozen
     stage 2:
     4  h = H(mean over tokens of encoder(embedder(x))), H linear
@@ -57,13 +57,13 @@ class Args(cli.Args):
     """what reads the names: any BERT-like model, like --backbone of a 1D task. Default: roberta_base (full), tiny-roberta"""
     prototypes: Literal["graph", "text", "random", "simplex"] = "graph"
     """graph: the method. Controls with a fixed vector for each class, and no L(o, y): text: the mean of its prompts; random:
-    orthogonal; simplex: as far from each other as can be. The last two need no names"""
+    random orthogonal vectors; simplex: all cosines equal, as small as possible. The last two need no names"""
     align_weight: float = 1.0
     """w_a. With --align-weight 0 --regularise-weight 0: naive fine-tuning"""
     regularise_weight: float | None = None
     """w_r. Default: 8 (full, official), 0.5 (tiny: docs/measurements.md)"""
     edge_ratio: float = 0.003
-    """r of line 2: share of the n^2 pairs of nodes that become edges between classes"""
+    """r of line 2: share of the n^2 entries of A that are edges between classes"""
     gcn_steps: int | None = None
     """steps of stage 1. Default: 200, of Adam; as released 5005, of SGD"""
 
@@ -105,9 +105,9 @@ def embed_prompts(source, prompts, device):
     t = torch.empty(len(prompts), source.token_width)  # (n, d)
     for length in {len(ids) for ids, _ in prompts}:
         for rows in torch.tensor([i for i, (ids, _) in enumerate(prompts) if len(ids) == length]).split(128):
-            hidden = encode(torch.tensor([prompts[i][0] for i in rows], device=device)).cpu()  # (128, N, d)
+            hidden = encode(torch.tensor([prompts[i][0] for i in rows], device=device)).cpu()  # (at most 128, N, d)
             for i, tokens in zip(rows, hidden, strict=True):
-                t[i] = tokens[prompts[i][1]].mean(0)
+                t[i] = tokens[prompts[i][1]].mean(0)  # (N, d) -> (d,)
     return F.normalize(t, dim=1)
 
 
@@ -117,12 +117,12 @@ def label_graph(t, ratio, released=False):
 
     released: row L1, what the official code has in stage 2: the r n^2 most similar of all pairs, of the same class or not.
     """
-    A = t @ t.T
-    A = ((A + A.T) / 2).clamp(min=0)  # symmetric in spite of rounding
+    A = t @ t.T  # (n, d) -> (n, n)
+    A = ((A + A.T) / 2).clamp(min=0)  # rounding may have made it asymmetric
     node_class = torch.arange(len(t), device=t.device) // P  # (n,)
-    same = (node_class[:, None] == node_class) & (not released)
-    between, count = A.masked_fill(same, -1), int(ratio * len(t) ** 2)
-    least = between.flatten().kthvalue(len(t) ** 2 - count + 1)[0] if count else 2  # the count-th largest; no cosine is 2
+    same = (node_class[:, None] == node_class) & (not released)  # (n, n)
+    between, count = A.masked_fill(same, -1), int(ratio * len(t) ** 2)  # (n, n)
+    least = between.flatten().kthvalue(len(t) ** 2 - count + 1)[0] if count else float("inf")  # the count-th largest
     return A * (same | (between >= least)).fill_diagonal_(True)
 
 
@@ -140,7 +140,7 @@ def label_nodes(loaded, args, device):
     if args.prototypes in ("random", "simplex"):
         return None, None
     names = data.class_names(loaded, args.data_dir)
-    with torch.random.fork_rng(devices=[]):  # a model is built from random numbers
+    with torch.random.fork_rng(devices=[]):  # building a model draws random numbers: those of the run stay as they are
         try:
             source = common.load_source(args.text_encoder)
         except cli.UserError as error:
@@ -178,19 +178,21 @@ def train_gcn(gcn, t, A, task, args):
 
     As released: by SGD, and the rows of O are scaled to unit norm before the loss, which then stays above a floor (row L2).
     """
-    spread = normalised(A).to_sparse()  # (n, n): N(A)
-    near, node_class = spread @ t, torch.arange(len(t), device=t.device) // P  # (n, d): N(A) T; (n,)
-    y = F.one_hot(node_class).float() if task.target == "labels" else node_class
-    optimizer = torch.optim.Adam(gcn.parameters(), lr=1e-3)
+    N_A = normalised(A).to_sparse()  # (n, n)
+    N_A_t = N_A @ t  # (n, d)
+    node_class = torch.arange(len(t), device=t.device) // P  # (n,)
+    y = F.one_hot(node_class).float() if task.target == "labels" else node_class  # (n, K) or (n,)
     if args.as_released:
         optimizer = torch.optim.SGD(gcn.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    else:
+        optimizer = torch.optim.Adam(gcn.parameters(), lr=1e-3)
     steps, rows, begin = args.gcn_steps or (5005 if args.as_released else 200), [], time.perf_counter()
     for step in range(1, steps + 1):
-        o = spread @ (activation(near @ gcn.W1) @ gcn.W2)  # (n, K)
+        o = N_A @ (activation(N_A_t @ gcn.W1) @ gcn.W2)  # (n, K)
         loss = task.loss(F.normalize(o, dim=1) if args.as_released else o, y)  # line 3: L(O, class)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # also after the last step: clipping in stage 2 counts every gradient that is there
+        optimizer.zero_grad()  # also after the last step: stage 2 clips the norm of all gradients in net
         if step % -(-steps // 10) == 0 or step == steps:
             wrong, end = (o.argmax(1) != node_class).float().mean().item(), time.perf_counter()
             rows.append({"epoch": step, "GCN loss": loss.item(), "GCN error": wrong, "seconds": end - begin})
@@ -199,13 +201,13 @@ def train_gcn(gcn, t, A, task, args):
 
 
 class LabelGraph(nn.Module):
-    """Line 5, without the matrix A_a: the frozen GCN's rows of samples that are joined to the nodes of their labels."""
+    """Line 5 for the rows of the samples: the frozen GCN, computed without building A_a."""
 
     def __init__(self, t, A, gcn):
         super().__init__()
         self.gcn, self.width = gcn.requires_grad_(False), t.shape[1]  # d
         self.register_buffer("t", t @ gcn.W1, persistent=False)  # (n, d): T W1, since (N(A) T) W1 = N(A) (T W1)
-        self.register_buffer("A", A.to_sparse(), persistent=False)
+        self.register_buffer("A", A.to_sparse(), persistent=False)  # (n, n)
         self.register_buffer("degree", A.sum(1, keepdim=True), persistent=False)  # (n, 1)
 
     def forward(self, h, Y):

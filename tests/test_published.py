@@ -72,6 +72,13 @@ def test_each_kind_of_task_has_its_tiny_recipe_the_same_for_every_method():
         assert one["lr"] == published.TINY_RECIPES[data.TASKS[task].kind].lr
 
 
+def test_a_copy_of_pare_under_another_name_still_mixes():
+    for task in ("spherical", "darcy", "satellite"):
+        mine, orcas = data.complete(pare.Args(task=task), "mine", "tiny"), data.complete(orca.Args(task=task), "mine", "tiny")
+        assert mine == data.complete(pare.Args(task=task), "pare", "tiny") and mine.k_begin > 0
+        assert orcas == data.complete(orca.Args(task=task), "orca", "tiny")
+
+
 def test_a_first_stage_has_the_published_rate_of_one_batch():
     for name, lr, decay in (("cifar100", 1e-4, 1e-3), ("ecg", 1e-6, 0.1), ("psicov", 5e-6, 1e-5)):  # hyperparameters.csv
         args = data.complete(orca.Args(task=name, scale="full"), "orca", "full")
