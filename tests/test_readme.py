@@ -161,6 +161,10 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "cifar100", "pare-frozen-gate", "pare", "a gate that is not trained {} points"),
         (results, "cifar100", "pare-end", "pare", "official code, is better by {} points"),
         (results, "cifar100", "orca-one-class", "orca", "one target class per problem ({} points better"),
+        (results, "cifar100", "orca-released", "orca", "(`orca-released`), ORCA is {} points better"),
+        (results, "cifar100", "pare-released", "pare", "(`pare-released`), costs {} points"),
+        (results, "cifar100", "naive-released", "naive", "(`naive-released`) costs {} points"),
+        (results, "cifar100", "naive-sum", "naive-mean", "the sum is {} points better"),
     ):
         assert sentence.format(points(task, method, base)) in text
     for text, method, base, sentence in (
@@ -173,6 +177,17 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "orca", "pare", "better than MoNA and {} better than PaRe"),
     ):
         assert sentence.format(points("satellite", method, base, measured(""))) in text
+    for text, task, method, base, sentence in (
+        (readme, "openml23", "scratch", "naive", "from scratch is better by {} points"),
+        (results, "openml23", "scratch", "naive", "from scratch the error is {} points lower than with naive fine-tuning (p"),
+        (results, "openml23", "scratch", "logistic", "than that of logistic regression (by {} points"),
+    ):
+        assert sentence.format(points(task, method, base, measured(""))) in text
+    compared = ("orca", "mona", "pare", "scratch")
+    few = {n: [points("cifar100", method, "naive", measured(f"-{n}")) for method in compared] for n in (100, 300)}
+    assert "ORCA, MoNA and PaRe are {}, {} and {} points worse".format(*few[100][:3]) in results
+    worth = few[100][3], few[300][3], points("cifar100", "scratch", "naive")
+    assert "worth {}, {} and {} points on cifar100".format(*worth) in results
     lower = reproduce.spread([row["test_last"] for row in reproduce.of(rates, n_train="2000")])  # at 1e-3
     assert f"last epoch is {lower}" in results
     for these, method in ((at_3e3, "contrast-stage1"), (at_3e3, "contrast-stage1-e20"), (rows, "contrast-stage1")):
