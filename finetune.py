@@ -7,7 +7,7 @@
     frozen    attention and feed-forward of the encoder stay as pretrained (FPT, frozen pretrained transformer)
     warmup    first only the embedder trains, then everything (Emb, the baseline of MoNA)
     lora      W = W_0 + alpha / r B A for each linear map of attention and feed-forward; only A, B, embedder and predictor train
-    norms     LayerNorms, embedder and predictor train
+    norms     LayerNorms, embedder and predictor train; with a text model the same as frozen
     probe     only the predictor trains
 
     python finetune.py --task spherical --mode naive

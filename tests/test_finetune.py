@@ -36,6 +36,12 @@ def test_each_baseline_learns_and_trains_what_it_says(tmp_path, mode):
     assert changed == expected[mode]
 
 
+def test_on_a_text_model_frozen_and_norms_train_the_same():
+    names = [f"encoder.{name}" for name, _ in common.load_source("tiny-roberta").encoder.named_parameters()]
+    trained = {mode: {name for name in names if finetune.trains(mode, name)} for mode in ("frozen", "norms", "naive")}
+    assert trained["frozen"] == trained["norms"] and 0 < len(trained["norms"]) < len(trained["naive"]) == len(names)
+
+
 @pytest.fixture(scope="module")
 def naive(tmp_path_factory):
     """Naive fine-tuning, one short epoch: its options, and its folder."""
