@@ -67,6 +67,12 @@ def test_the_table_compares_seed_by_seed(capsys):
     ]
 
 
+def test_a_table_names_the_origins_of_all_its_runs(capsys):
+    row = {"task": "a", "seed": 0, "metric": "error", "scale": "tiny", "n_train": 9, "seconds": 60, "test": 1, "test_last": 1}
+    reproduce.table([row | {"method": "naive", "data": "official"}, row | {"method": "orca", "data": "toy"}], "a")
+    assert "a: official and toy data, error, tiny scale, 9 training samples\n" in capsys.readouterr().out
+
+
 def test_the_profile_compares_with_the_best_on_each_task(tmp_path):
     errors = {"naive": (0.2, 4.0, 0.0), "pare": (0.1, 6.0, 0.0), "orca": (0.1, 4.0, 0.5)}
     rows = [

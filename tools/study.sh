@@ -2,7 +2,7 @@
 # The runs behind docs/results.md: bash tools/study.sh DATA_DIR OUT_DIR
 #
 # DATA_DIR holds cifar100, cifar10, tiny_imagenet, satellite, conll2003 and OpenML's tables 23 and 31 (python data.py --prepare).
-# What is missing there is replaced by toy data, which have no place in docs/results*.csv.
+# What is missing there is replaced by toy data; a study with such rows is not copied to docs/.
 # First with 1,000 samples (a run takes 1 to 13 minutes on one thread), then at the default budget (7 minutes to an hour). Two
 # runs at a time, of one thread each; all of them take some days. It may be stopped at any time: finished runs are skipped, an
 # interrupted one resumes, and a run whose row is in docs/results*.csv is not repeated even if its folder is lost. The most
@@ -16,7 +16,12 @@ run() { # NAME of the study ("", -1000, -2000), options of reproduce.py
   local rows=docs/results$1.csv known=()
   if [[ -e $rows ]]; then known=(--known "$rows"); fi
   python tools/reproduce.py --seeds 3 --data-dir "$data" --out-dir "$runs$1" ${known[@]+"${known[@]}"} "${@:2}" || failed=1
-  if [[ -e $runs$1/results.csv ]]; then cp "$runs$1/results.csv" "$rows"; fi
+  if grep -qs ',toy,' "$runs$1/results.csv"; then
+    echo "$runs$1/results.csv has rows of toy data and is not copied to $rows." >&2
+    failed=1
+  elif [[ -e $runs$1/results.csv ]]; then
+    cp "$runs$1/results.csv" "$rows"
+  fi
 }
 
 methods=(naive orca mona scratch recraft pare warmup frozen lora norms)
