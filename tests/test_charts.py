@@ -80,6 +80,13 @@ def test_details_put_a_variant_beside_its_method(results, capsys):
     assert capsys.readouterr().out.splitlines()[2:] == ["| a | pare-end | 0.5100 ± 0.1054 | -0.0900 ± 0.0100 | 0.0041 | 3 |"]
 
 
+def test_a_random_start_is_compared_with_the_copied_start_of_the_same_variant(results, capsys):
+    errors = {"contrast": (0.9, 0.8), "contrast-stage1": (0.5, 0.4), "contrast-stage1-init-random": (0.7, 0.6)}
+    file = results("all.csv", *[("a", m, seed, e, 9, 9) for m, of_it in errors.items() for seed, e in enumerate(of_it)])
+    charts.main(charts.Args("details", (str(file),), methods=("contrast-stage1-init-random",)))
+    assert "| 0.6500 ± 0.0707 | +0.2000 ± 0.0000 |" in capsys.readouterr().out
+
+
 def test_sizes_are_means_over_seeds_by_method_and_number_of_samples(use, results):
     few = results("few.csv", ("a", "naive", 0, 0.8, 100, 50), ("a", "naive", 1, 0.9, 100, 50), ("a", "orca", 0, 0.5, 100, 50),
                   ("a", "boosting", 0, 0.1, 100, ""), ("b", "naive", 0, 0.3, 100, 50))  # fmt: skip

@@ -174,28 +174,28 @@ def table(args):
     return {column: list(cells) for column, cells in columns.items()}
 
 
+RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
+          "contrast-stage1": "contrast-stage1-init-random"}  # fmt: skip
+
+
 def details(args):
     """Print a Markdown table of variants at the last epoch, with the difference to their method and p of a paired t test.
 
     A variant is called like its method and a word: pare-end. Returns: (task, n_train) -> variants.
     """
-    rows, shown = rows_in(args.inputs), {}
+    rows, shown, copied = rows_in(args.inputs), {}, {other: method for method, other in RANDOM.items()}
     methods = chosen(args, rows)
     print("| task | variant | test, last epoch | minus the method, same seeds | p | n |\n" + "|---" * 6 + "|")
     for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
         those = of(rows, task=task, n_train=n_train)
         errors = errors_of(those, "method")
         for method in known_methods(those):
-            base = method.partition("-")[0]
+            base = copied.get(method) or method.partition("-")[0]
             if method != base and {method, base} <= errors.keys() and method in methods:
                 shown.setdefault((task, n_train), []).append(method)
                 cells = spread(errors[method]), apart(those, task, method, base), len(errors[method])
                 print(f"| {task} | {method} |", " | ".join(map(str, cells)), "|")
     return shown
-
-
-RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
-          "contrast-stage1": "contrast-stage1-init-random"}  # fmt: skip
 
 
 def start(args):

@@ -35,12 +35,13 @@ images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15 --
 series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
 run "${images[@]}" --methods "${methods[@]}" contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random
 run "${series[@]}" --methods naive orca naive-bias orca-shuffled orca-bias contrast-stage1
-run "${series[@]}" --methods "${methods[@]}"
+run "${series[@]}" --methods "${methods[@]}" contrast recraft-align
 run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
 run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
 run "${images[@]}" --methods naive-released naive-test orca-released pare-released naive-mean naive-sum
 run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise
 run "${series[@]}" --methods boosting logistic
+run "${images[@]}" --methods convnet
 run -2000 --tasks cifar100 --n-train 2000 --options="--steps-per-epoch 30" --methods naive norms lora
 
 # ---- fewer and more samples, shorter and longer runs: the charts `sizes` and `compute`
@@ -67,5 +68,6 @@ run "" --tasks shallow_water2d --methods "${methods[@]}" "${voc[@]}"
 run "" --tasks advection1d --methods mean input fourier
 run "" --tasks advection1d --methods naive-bias
 run "" --tasks satellite openml23 openml31 --methods boosting logistic
+run "" --tasks openml23 openml31 --methods contrast
 run "" --tasks cifar100 spherical --methods convnet
 exit ${failed:-0} # 1: run the same command again to repeat what failed
