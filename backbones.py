@@ -39,10 +39,10 @@ ROBERTA_BASE = dict(model_type="roberta", vocab_size=50265, hidden_size=768, num
 
 
 def watch_attention(encoder, tokens, modules, attention):
-    """attention(module, *its arguments) of each of `modules`, in order, while `encoder` reads `tokens`.
+    """Run `encoder` on `tokens`; return attention(module, *inputs of the module) of each of `modules`, in order.
 
-    In evaluation mode and without gradients; the encoder is left as it was. The fused kernels of a model return no
-    attention matrix: `attention` computes it again.
+    In evaluation mode and without gradients; the mode of the encoder is restored. The fused attention kernels do not return
+    the attention matrix: `attention` computes it again.
     """
     found, training = [], encoder.training
     hook = lambda module, args, kwargs: found.append(attention(module, *args, **kwargs))
@@ -73,7 +73,7 @@ class SwinEncoder(nn.Module):
         return [block for stage in self.layers for block in stage.blocks]
 
     def forward(self, tokens):
-        x = tokens.unflatten(1, self.grid)  # (B, N, D) -> (B, H/4, W/4, D)
+        x = tokens.unflatten(1, self.grid)  # (B, N, D) -> (B, *grid, D)
         return self.norm(self.layers(x)).flatten(1, 2)  # (B, n, F)
 
     def attentions(self, tokens):
@@ -87,8 +87,8 @@ class SwinEncoder(nn.Module):
             (H, W), (h, w) = block.input_resolution, block.window_size
             if not hasattr(block.attn, "relative_position_bias_table") or H % h or W % w:
                 raise UserError(
-                    "this backbone has no attention scores.\n"
-                    "Take --scores gate or random, or a ViT or Swin (not V2) with whole windows."
+                    "attention scores are not available for this backbone.\n"
+                    "Use --scores gate or random, or a ViT or Swin (not V2) whose windows divide its grid."
                 )
             shifted = torch.arange(H * W, device=tokens.device).view(H, W).roll([-s for s in block.shift_size], (0, 1))
             windows = shifted.view(H // h, h, W // w, w).transpose(1, 2)  # (H / h, W / w, h, w)
@@ -108,9 +108,9 @@ class SwinEncoder(nn.Module):
 class VitEncoder(nn.Module):
     """The blocks of a ViT and its last LayerNorm: (B, N, D) -> (B, N, F), F = D; in CLIP's, another LayerNorm comes first.
 
-    The tokens that are no patches (class, distillation, registers: P in all, a SigLIP has none) stay inside: they are put in
-    front, and dropped at the end. What timm has after the last LayerNorm is not used: pooling, heads, and the `fc_norm` that
-    models with average pooling have in its place.
+    The P tokens that are not patches (class, distillation, registers; a SigLIP has none) belong to the encoder: it puts them in
+    front and drops them from its output. What timm has after the last LayerNorm is not used: pooling, heads, and `fc_norm`,
+    which replaces this LayerNorm in models with average pooling.
     """
 
     def __init__(self, vit):
@@ -134,8 +134,8 @@ class VitEncoder(nn.Module):
     def attentions(self, tokens):
         """As `SwinEncoder.attentions`, with one window of all patches: (B, N, D) -> [(A (B, 1, N, N), index (1, N)), ...]
 
-        A patch also attends to the P other tokens. That part is left out, and each row divided by what remains, so that it sums
-        to 1 over the patches. What patches tell each other by way of the class token or the registers is therefore not seen.
+        A patch also attends to the P other tokens. That part is left out, and each row is scaled to sum to 1 over the patches.
+        What patches exchange through the class token or the registers is therefore not counted.
         """
         N = tokens.shape[1]
 
@@ -266,7 +266,7 @@ def check_image_model(name, model):
 
 
 def import_timm():
-    """timm; UserError with advice if the installed torch and torchvision do not match."""
+    """Import timm. Raises UserError if the installed torch and torchvision do not match."""
     try:
         import timm
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
@@ -280,7 +280,7 @@ def import_timm():
 
 
 def import_transformers():
-    """transformers, without its progress bars, its notes on unused weights, and a line for each retry of a download."""
+    """Import transformers, without its progress bars, notes on unused weights, and messages about retried downloads."""
     import huggingface_hub
     import transformers
 
@@ -303,7 +303,7 @@ def read_file(path):
         weights = {k: v.float() for k, v in load_file(path).items()}
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}).\nCopy it again, or write it again with tools/pretrain.py."
+            f"{path} is not a complete safetensors file ({error}).\nCopy it again, or write it again with tools/pretrain.py."
         ) from error
     if "architecture" not in metadata:
         raise UserError(
@@ -363,12 +363,12 @@ def fetch_text_model(name, wanted, pretrained):
         config = transformers.AutoConfig.from_pretrained(wanted, **no_dropout)
         if config.model_type not in BERT_LIKE:
             raise UserError(
-                f"--backbone: {name} is a {config.model_type} model, which cannot be cut into embedder and encoder.\n"
+                f"--backbone: {name} is a {config.model_type} model, which cannot be split into embedder and encoder.\n"
                 f"Give a model of transformers of the types {', '.join(BERT_LIKE)}, or a ViT or a Swin of timm (or its folder)."
             )
         if config.is_decoder:
             raise UserError(
-                f"--backbone: {name} is a decoder: its tokens see earlier ones only, those of an encoder see all.\n"
+                f"--backbone: {name} is a decoder, whose tokens attend to earlier ones only; an encoder is needed.\n"
                 'Give an encoder, or set "is_decoder": false in its config.json to use these weights without the mask.'
             )
         if pretrained:  # transformers draws missing weights at random and reports them here only
@@ -401,13 +401,13 @@ def fetch_text_model(name, wanted, pretrained):
 
 
 def first_position(embeddings):
-    """The row of the position table that a text's first token takes: 0 for BERT; RoBERTa's rows begin after its padding's."""
+    """Row of the first token in the position table: 0 for BERT, that after the padding's for RoBERTa."""
     padding = embeddings.position_embeddings.padding_idx
     return 0 if padding is None else padding + 1
 
 
 def is_text_model(short, path):
-    """Does `short` name a text model? Known by its file's architecture, its folder's config.json, or a slash (an id).
+    """Whether `short` is a text model, by the architecture in its file, the config.json in its folder, or a slash (a Hub id).
 
     Raises UserError for a folder without a readable config.json, and for a file of another format.
     """
@@ -430,7 +430,7 @@ def is_text_model(short, path):
 
 
 def convert(weights, model):
-    """Weights of an older timm, or of the official code, under the names of this timm: what it does itself to load them.
+    """Rename weights of an older timm, or of the official code, to the names of the installed timm, by timm's own filter.
 
     Positions of a ViT for images of another size are resampled.
     """

@@ -40,7 +40,7 @@ class Missing(UserError):
 
 @dataclass(frozen=True)
 class Args:
-    """The options that all method files share; each extends them by its own. A None is filled in from the task's recipe."""
+    """The options that all method files share; each adds its own. Options left at None are filled in from the task's recipe."""
 
     task: str = "spherical"
     """what to adapt to; `python data.py` lists the tasks"""
@@ -53,7 +53,7 @@ class Args:
     data_dir: str = "datasets"
     """where the official files are read from; nothing is written there"""
     out_dir: str = "runs"
-    """runs/<task>-<method>-<backbone>-s<seed>/ gets the results, runs/cache/ the prepared data"""
+    """results go to <out-dir>/<task>-<method>-<backbone>-s<seed>/ (-toy with toy data), prepared data to <out-dir>/cache/"""
     seed: int = 0
     """random seed. Results of one seed are not reliable: report at least three"""
     init: Literal["copy", "random"] = "copy"
@@ -63,7 +63,7 @@ class Args:
     resume: bool = False
     """continue after the last finished epoch; the result is that of an uninterrupted run. An unfinished stage 1 restarts"""
     track: Literal["tensorboard", "wandb"] | None = None
-    """also write the numbers of metrics.jsonl for TensorBoard or W&B, under the run's folder: pip install tensorboard, wandb"""
+    """also log metrics.jsonl to TensorBoard or W&B, in the run's folder; needs pip install tensorboard, or pip install wandb"""
     compile: bool = False
     """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
     checkpoint: bool = False
@@ -90,7 +90,7 @@ class Args:
     weight_decay: float | None = None
     """weight decay, on all parameters"""
     clip: float | None = None
-    """largest norm of the whole gradient; 0: off. Try 1 if the loss is not finite"""
+    """gradient clipping: largest norm of all gradients together; 0: off. Try 1 if the loss is not finite"""
     warmup_epochs: float | None = None
     """epochs of linear warm-up of the learning rate"""
     decay_epochs: float | None = None
@@ -179,7 +179,7 @@ def guarded(main, *args):
         message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint; stage 1: fewer samples."
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"no space left, writing {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
+            message = f"no space left to write {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."
         elif error.filename and error.errno in NO_ACCESS:
             message = f"{error.filename}: {error.strerror}.\nCheck its permissions, or give another path."
         elif error.errno == errno.EPIPE and closed(sys.stdout):  # e.g. head has ended

@@ -26,7 +26,7 @@ from cli import UserError
 
 
 def autocast_off(x):
-    """Switch autocast off: fields rounded to bf16, as inputs or outputs, are off by 2e-3, as much as published errors."""
+    """Disable autocast: fields rounded to bf16, as inputs or outputs, have errors of 2e-3, as large as published ones."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -40,7 +40,7 @@ class Embedder2d(nn.Module):
         channels: C of the images.
         width: D of the tokens.
         size: side the images are resized to, bilinear, aspect ratio not kept; antialiased when they shrink.
-        patch: side of a patch; N = (size / patch)^2, rounded down: what is left over at the edges is not seen.
+        patch: side of a patch; N = (size // patch)^2; pixels left over at the edges are ignored.
         vit: positions instead of the LayerNorm.
     """
 
@@ -110,8 +110,8 @@ def initialise(embedder, source, init):
     input slices are tiled and cut to C, not rescaled (as in the official code). 1D: LayerNorm and the first N positions of
     the pretrained embedder; the projection stays random, since words have none.
     "random" leaves the constructor's values.
-    "truncated" is what ORCA's release gives to its naive fine-tuning only. 2D: normal(0, 0.02), cut at -2 and 2. 1D: the
-    positions alone are copied (the release's list of layers to draw again lacks Conv1d).
+    "truncated" is the start of naive fine-tuning in ORCA's release. 2D: normal(0, 0.02), cut at -2 and 2. 1D: only the
+    positions are copied (the release's list of layers to reinitialise lacks Conv1d).
     """
     if isinstance(embedder, Embedder1d):
         if init in ("copy", "truncated"):
@@ -132,10 +132,13 @@ def initialise(embedder, source, init):
 
 
 def make_embedder(shape, source, init, max_tokens=512):
-    """The target embedder of samples of `shape`, (C, H, W) or (C, L), in front of `source`, started by `initialise`.
+    """The target embedder of samples of `shape`, in front of the encoder of `source`.
 
     Args:
-        max_tokens: of a 1D task; never more than the backbone has positions.
+        shape: (C, H, W) or (C, L).
+        source: the Source that it is used with.
+        init: "copy", "random" or "truncated", see `initialise`.
+        max_tokens: 1D: the most tokens of a sample; never more than the backbone has positions.
     Raises: UserError for a 1D task with a model of images, or a 2D task with a text model.
     """
     modality = "2d" if len(shape) == 3 else "1d"
@@ -143,7 +146,7 @@ def make_embedder(shape, source, init, max_tokens=512):
         fitting = " or ".join(dict.fromkeys(DEFAULT_BACKBONE[modality, scale] for scale in ("tiny", "full")))
         kinds = {"1d": "a text model, for 1D tasks", "2d": "a Swin or ViT, for 2D tasks"}
         raise UserError(
-            f"--backbone: {source.name} is {kinds[source.modality]}; this one has samples {' x '.join(map(str, shape))}.\n"
+            f"--backbone: {source.name} is {kinds[source.modality]}; this task has samples of {' x '.join(map(str, shape))}.\n"
             f"Give {fitting}, or leave --backbone out."
         )
     if modality == "2d":
@@ -165,10 +168,10 @@ class ClassPredictor(nn.Module):
 
 
 class DensePredictor2d(nn.Module):
-    """Every feature becomes a square of 3-channel pixels, averaged down (or spread) to the field: (B, n, F) -> (B, *out).
+    """Maps every feature to a square of 3-channel pixels, then pools (or repeats) them to the field: (B, n, F) -> (B, *out).
 
-    The one trained map is F -> 3 factor^2, a 1 x 1 convolution. The average over channels, 3 -> c, has overlapping windows
-    where 3 is no multiple of c, as the official code's has.
+    The only trained layer is F -> 3 factor^2, a 1 x 1 convolution. The pooling over channels, 3 -> c, has overlapping windows
+    if 3 is not a multiple of c, as in the official code.
 
     Args:
         width: F.
@@ -200,8 +203,8 @@ class DensePredictor1d(nn.Module):
         width: F.
         out: (c, L_out), L_out = N k.
         stack: k.
-        pooling: False, a learned linear map F -> c k, as ORCA's text has it (from memory: O9). True, the released head:
-            averages of groups of features, nothing learned.
+        pooling: False: a learned linear layer F -> c k, as in ORCA's paper (not verified: O9). True: the released head, which
+            averages groups of features and has no parameters.
     """
 
     def __init__(self, width, out, stack, pooling=False):
@@ -222,14 +225,14 @@ def make_predictor(output, target, source, embedder, pooling=False):
         output: shape of one prediction: (K,); (H, W) or (c, H, W); (c, L_out).
         target: "class", "labels" or "field".
         pooling: the released head of 1D fields, see `DensePredictor1d`.
-    Raises: UserError if a 1D field is no whole number of time steps for every token.
+    Raises: UserError if the length of a 1D field is not a multiple of the number of tokens.
     """
     if target != "field":
         return ClassPredictor(source.feature_width, output[0])
     if source.modality == "2d":
         return DensePredictor2d(source.feature_width, output, source.encoder.reduction)
     if output[1] % embedder.tokens:
-        raise UserError(f"{embedder.tokens} tokens cannot predict {output[1]} time steps: not a whole number each.\n"
+        raise UserError(f"{embedder.tokens} tokens cannot predict {output[1]} time steps, which is not a multiple.\n"
                         "Give the task other `tokens`, or another `output`.")  # fmt: skip
     return DensePredictor1d(source.feature_width, output, output[1] // embedder.tokens, pooling)
 
@@ -270,7 +273,7 @@ def received_attention(encoder, tokens, block=0):
     It sums to 1 in each window, so it cannot prefer one window of a Swin to another.
     Raises: ValueError for a block after a patch merging.
     """
-    A, index = encoder.attentions(tokens)[block]  # (B, W, T, T), (W, T)
+    A, index = encoder.attentions(tokens)[block]  # (B, nW, T, T), (nW, T)
     if index.numel() != tokens.shape[1]:
         raise ValueError(f"block {block} has {index.numel()} tokens, not {tokens.shape[1]}")
     return torch.empty_like(A[:, :, 0]).flatten(1).index_copy(1, index.flatten(), A.mean(2).flatten(1))  # (B, N)
@@ -351,7 +354,7 @@ def load_source(name, pretrained=True, architecture=None):
 def squared_distances(x, x2):
     """|x_i - x'_j|^2 = |x_i|^2 - 2 <x_i, x'_j> + |x'_j|^2, one matrix product. (n, D), (m, D) -> (n, m)
 
-    Both clouds are moved to their common centre first: far from the origin the three terms would cancel in fp32.
+    Both sets are first centred at their common mean: far from the origin the three terms would cancel in fp32.
     """
     centre = torch.cat([x, x2]).detach().mean(0)
     x, x2 = x - centre, x2 - centre
@@ -367,7 +370,7 @@ def exact_cost(cost, a, b):
 
 
 def entropic_cost(cost, a, b, reg, symmetric=False, info=None, tolerance=1e-3, max_iterations=5000):
-    """Entropic transport costs of a batch of problems (Sinkhorn), in the log domain, until the marginals hold.
+    """Entropic transport costs of a batch of problems (Sinkhorn), in the log domain, until the marginal error is small.
 
         OT_reg = min over plans pi of <pi, cost> + reg KL(pi | a b^T)
                = max over f, g of <a, f> + <b, g> - reg (sum_ij pi_ij - 1), whose last term is 0 at the optimum
@@ -383,7 +386,7 @@ def entropic_cost(cost, a, b, reg, symmetric=False, info=None, tolerance=1e-3, m
         symmetric: both sides are the same; then f = g, and the average of f and its update converges in a few iterations.
         tolerance, max_iterations: stop at this L1 distance between the plan's marginal and a (the worst of the batch), or,
             with a warning, after so many iterations.
-        info: a dict; "iterations" and "error" (of the marginal) of the worst problem it was handed to are kept in it.
+        info: a dict that keeps the most "iterations" and the largest marginal "error" of all calls that it is passed to.
     Returns: (...), differentiable in cost.
     """
     shape = cost.shape[:-2]
@@ -427,11 +430,11 @@ def entropic_cost(cost, a, b, reg, symmetric=False, info=None, tolerance=1e-3, m
 
 
 class OtddTerms:
-    """What in `otdd` depends on one side only, so that a source which stays the same is computed once.
+    """The terms of `otdd` that depend on one data set only, so that those of a fixed source are computed once.
 
-    Its samples x (n, D) and their mass a (n,); the class of each (n,), numbered from 0; the members (K, m) and weights (K, m)
-    of each class, padded; and, as far as `inner` and `reg` ask for them, the means and covariance factors of the classes, their
-    distances W^2 (K, K) from each other, and the transport cost of the side to itself.
+    Always: samples `x` (n, D), their `mass` (n,), their class `index` (n,) numbered from 0, and the `members` (K, m) and
+    `weights` (K, m) of each class, padded. For inner = "gaussian", `mean` (K, D) and covariance `factor` of each class. For
+    reg > 0, `self_cost`, the transport cost of the set to itself; with inner = "exact" also `own` (K,), that of each class.
     """
 
     def __init__(self, x, y, inner, reg, mass=None, info=None):
@@ -447,7 +450,7 @@ class OtddTerms:
             raise ValueError(f"reg = {reg} is negative")
         x = x if x.dtype == torch.float64 else x.float()
         self.x, self.inner, self.reg, self.info = x, inner, reg, info
-        self.mass = torch.full_like(x[:, 0], 1 / len(x)).detach() if mass is None else (mass / mass.sum()).to(x)
+        self.mass = torch.full_like(x[:, 0], 1 / len(x)) if mass is None else (mass / mass.sum()).to(x)
         _, self.index, counts = y.unique(return_inverse=True, return_counts=True)
         K, m, device = len(counts), int(counts.max()), y.device
         order = self.index.argsort()  # class after class
@@ -516,9 +519,9 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
 
         OTDD = min over plans pi of sum_ij pi_ij C_ij,     C_ij = 1/2 |x_i - x_j|^2 + 1/2 W^2(y_i, y_j)
 
-    W^2(y, y') is the transport cost between the samples of the two classes for |x - x'|^2 (both halves, and none in W^2, are
-    the official constants). reg = 0: linear programs. reg > 0: OT_reg(s, t) - 1/2 OT_reg(s, s) - 1/2 OT_reg(t, t), for the
-    data sets and for the classes alike. The gradient is that of the value, label distances included.
+    W^2(y, y') is the transport cost between the samples of the two classes for |x - x'|^2 (the factors 1/2 in C_ij, and none in
+    W^2, are those of the official code). reg = 0: linear programs. reg > 0: OT_reg(s, t) - 1/2 OT_reg(s, s) - 1/2 OT_reg(t, t),
+    for the data sets and for the classes alike. The gradient is that of the value, label distances included.
 
     Args:
         x_s (n, D), x_t (m, D): features, any float. y_s (n,), y_t (m,): integers; only which are equal matters.

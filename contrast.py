@@ -1,7 +1,7 @@
-"""The slides' own proposal: a contrastive target embedder, then patches chosen by attention scores instead of a gate.
+"""contrast, proposed in lecture slides: a contrastive target embedder, then PaRe with attention scores instead of the gate.
 
-Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", lecture slides 43 to 46 (2024). No publication and no code of it
-was found, and its loss cannot be run as printed. This file has a corrected version; `--as-printed` uses the printed one.
+Tran Trong Khiem, "Cross-Modal Fine-Tuning: Align then Refine", lecture slides 43 to 46 (2024). No paper or code was found, and
+the printed loss is undefined for some inputs. This file has a corrected version; `--as-printed` uses the printed one.
 
     stage 1, contrastive embedder, in each step:
     1  x' = a^t x + sqrt(1 - a^(2t)) eps,  a = sqrt(1 - sigma^2)     two noisy views of each sample, with random sigma and t
@@ -14,8 +14,8 @@ was found, and its loss cannot be run as printed. This file has a corrected vers
     6  X_m = X_t, its k lowest-scored tokens replaced one by one by the k highest-scored of X_s
     7  L = L(h_t(g(X_t)), y_t) + mix_weight [(1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)]
 
-The printed loss of a class Y is -log(N_Y / D_Y): N_Y sums cos(z_i, z_j) over the pairs inside Y, D_Y lambda_ij cos(z_i, z_j)
-over the pairs that begin in Y. Its four faults, each shown by a test:
+The printed loss of a class Y is -log(N_Y / D_Y): N_Y is the sum of cos(z_i, z_j) over i and j in Y, D_Y the sum of
+lambda_ij cos(z_i, z_j) over i in Y and all j. It has four defects, each shown by a test:
 
     D_Y can be negative, since cosines have either sign: then the logarithm is undefined;
     D_Y falls to 0 at the simplex of K classes, the optimum (lambda > 1: before it): the loss is -infinity, then undefined;
@@ -65,8 +65,8 @@ class Args(cli.Args):
     label_weights: Literal["targets", "none"] = "targets"
     """lambda of fields and multi-label targets: by the correlation of the targets, or 1. Classes: always 1"""
     features: Literal["encoder", "embedder"] | None = None
-    """whose tokens z is the mean of: the frozen encoder's, or the embedder's, which is cheaper. Default: encoder; as printed:
-    embedder"""
+    """tokens that z is the mean of: the output of the frozen encoder, or of the embedder, which is cheaper. Default: encoder;
+    as printed: embedder"""
     embedder_lr: float | None = None
     """learning rate of stage 1. Default, ORCA's rule: 10 times the lr of one batch, or that lr itself if it is above 1e-3"""
     as_printed: bool = False
@@ -74,11 +74,12 @@ class Args(cli.Args):
     freeze_embedder: bool = False
     """freeze the embedder in stage 2; the slides mention both"""
     scores: Literal["rollout", "received", "gate", "random"] = "rollout"
-    """of patches: attention followed from the output, attention received in the first block, PaRe's gate, chance"""
+    """scores of the patches. rollout: attention, followed from the output; received: attention received in the first block;
+    gate: PaRe's gate; random: random numbers"""
     k_begin: float | None = None
-    """k0 as a share of the N target tokens, as in PaRe"""
+    """k0 as a fraction of the N target tokens, as in PaRe"""
     k_end: float | None = None
-    """share that k falls to. Default 0; with --as-released that of PaRe's official configuration"""
+    """fraction that k falls to. Default: 0; with --as-released that of PaRe's official configuration"""
     ratio: Literal["k/k0", "k/N"] | None = None
     """lambda of line 7, as in PaRe"""
     mix_weight: float | None = None
@@ -138,7 +139,7 @@ def contrastive_loss(z, y, weights=None, tau=0.1):
     unit = F.normalize(z, dim=1, eps=1e-8)  # (B, D)
     logits, itself = unit @ unit.T / tau, torch.eye(len(z), dtype=torch.bool, device=z.device)  # s / tau, (B, B)
     positive = (y[:, None] == y) & ~itself
-    weighted = logits if weights is None else logits + weights.log().masked_fill(positive, 0)  # log(lambda e^s)
+    weighted = logits if weights is None else logits + weights.log().masked_fill(positive, 0)  # log(lambda e^(s / tau))
     count = positive.sum(1)  # |P(i)|
     loss = weighted.masked_fill(itself, -1e9).logsumexp(1) - (logits * positive).sum(1) / count.clamp(min=1)  # L_i, (B,)
     return (loss * (count > 0)).sum() / (count > 0).sum().clamp(min=1)
@@ -163,8 +164,8 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         encode: samples (B, ...) to tokens (B, n, F), whose mean is z.
         train: the target's training samples, a data.Split. y (len(train),): their classes or pseudo-labels.
         progress: wraps the epochs. rank: the number of this process, each draws its own noise.
-    Returns: a row for each epoch, the first before any step: loss of a fixed batch of views; mean cosine of fixed samples
-        without noise with equal labels, and of others; seconds.
+    Returns: a row for each epoch and one before the first step: loss of fixed views; mean cosine of fixed samples without
+        noise, over pairs with equal labels and over the other pairs; seconds.
     Raises: UserError if a loss is not finite; as printed, it may be undefined.
     """
     parameters, n, rows = list(embedder.parameters()), len(train), []
@@ -232,7 +233,7 @@ class Replacement(nn.Module):
         return follow(self.model.encoder, tokens)
 
     def forward(self, x, tokens_s, scores_s, k):
-        """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); k = 0: only the first. scores_s (B, N_s) or None: to be found."""
+        """As PaRe's: h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); k = 0: the last two are None. scores_s (B, N_s); None: computed."""
         tokens_t = self.model.embedder(x)  # (B, N, D)
         if k == 0:
             return self.model.predictor(self.model.encoder(tokens_t)), None, None

@@ -42,7 +42,7 @@ __all__ = ["PROXIES", "TASKS", "Missing", "Task", "UserError", "check", "class_n
 
 @dataclass(frozen=True)
 class Task:
-    """A task is data, not branches: no method file branches on the name of one."""
+    """Everything that is specific to a task. No method file branches on the name of a task."""
 
     name: str
     about: str
@@ -50,8 +50,8 @@ class Task:
     target: Literal["class", "labels", "field"]  # y: a class (n,), labels 0 or 1 (n, K), or real numbers (n, *output)
     output: tuple[int, ...]  # of a prediction: (K,), (H, W) or (C, L)
     read: Callable  # (data_dir, cache) -> (x, y) train, (x, y) test, origin of the data; perhaps a dict of fields to replace
-    toy: Callable | None  # (n, seed) -> x, y; None: nothing takes the place of missing files, or the task can be simulated
-    downloads: tuple[tuple[str, ...], ...]  # keys of DOWNLOADS: all of these, of each the first that is available
+    toy: Callable | None  # (n, seed) -> x, y; None if the task can be simulated, or nothing can replace missing files
+    downloads: tuple[tuple[str, ...], ...]  # keys of DOWNLOADS: all tuples are needed, of each the first key that is available
     recipes: dict[str, Recipe] = dataclasses.field(repr=False)  # method -> published settings, full scale
     loss: Callable = scores.cross_entropy  # (out, y) of a batch -> scalar
     score: Callable = scores.zero_one  # (out, y) of all samples, numpy -> error, lower is better
@@ -60,7 +60,7 @@ class Task:
     mean: tuple[float, ...] | None = None  # per channel, after images (uint8) are scaled to [0, 1]
     std: tuple[float, ...] = ()
     augment: Callable | None = None  # (x, u or None) -> x: training batches come with draws u
-    draws: int = 5  # how many of them
+    draws: int = 5  # number of draws u of a sample
     tokens: int = 512  # 1D: the most tokens that a sequence is cut into
     simulate: Callable | None = None  # (cache, scale, n_train, as_released, device) -> as read; where the files are missing
     read_released: Callable | None = None  # instead of `read` where the official code reads other targets
@@ -72,8 +72,8 @@ class Task:
     statistics: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # of the training set: name -> array
     of_statistics: Callable | None = None  # statistics -> fields that depend on them; `read` returns them, too
     prepare: Callable | None = None  # (where, x of new samples, checked here) -> x as `read` returns it, by the statistics
-    restore: Callable | None = None  # predicted fields -> as the files have them; of a mask: its probabilities
-    normalised: bool = False  # y are normalised, as predictions are: `restore` is for both
+    restore: Callable | None = None  # predicted fields -> in the units of the files; masks -> probabilities
+    normalised: bool = False  # y is normalised as predictions are: `restore` applies to both
     pixels: bool = False  # x are images in uint8
 
     def __post_init__(self):
@@ -108,7 +108,7 @@ class Proxy:
 
 
 def pdebench(name, about, shape, output, loss=scores.nrmse, tokens=512, y_test=None, normalise=False, **read):
-    """A task of PDEBench: from the first snapshot to a later one. PDEBench's own scores are of another task, step by step."""
+    """A task of PDEBench: from the first snapshot to a later one. PDEBench's own scores are for prediction step by step."""
     finish = functools.partial(fields.pde_fields, normalise=normalise)
     read = functools.partial(fields.read_pde, **read, normalise=normalise)
     return Task(
@@ -274,7 +274,7 @@ def complete(args, method, scale):
     source = getattr(args, "source", None) or recipe.source
     if PROXIES[source].modality != task.modality:
         fitting = " or ".join(proxy.name for proxy in PROXIES.values() if proxy.modality == task.modality)
-        raise UserError(f"--source {source} does not go with {task.name}.\nTake {fitting}.")
+        raise UserError(f"--source {source} has another modality than {task.name}.\nUse {fitting}.")
     if scale == "tiny":
         tiny = TINY_RECIPES[task.kind]
         share = 2 ** max(0, math.ceil(math.log2(tiny.batch_size * math.prod(task.shape) / TINY_BATCH_NUMBERS)))
@@ -298,9 +298,9 @@ def of_embedder(args, method):
 
 
 def of_one_batch(args, method):
-    """Learning rate and weight decay of a first stage, which accumulates nothing: `published` rescaled them, this undoes it.
+    """Learning rate and weight decay of a first stage, which does not accumulate gradients: undoes the scaling of `published`.
 
-    By the recipe's `accumulate`: a user who halves the batch and accumulates twice as often changes nothing.
+    By the recipe's `accumulate`: half the --batch-size and twice the --accumulate change nothing.
     """
     if args.scale != "full" or args.optimizer == "adamw":
         return args.lr, args.weight_decay
@@ -396,8 +396,8 @@ class Split:
     def plan(self, steps, batch_size, seed, epoch, stage=2):
         """The samples of every step of an epoch (steps, batch_size) and the draws that augment them (steps, batch_size, draws).
 
-        Shuffled, all batches of one size: what does not fill a batch is left out and comes in another epoch; a set smaller
-        than the epoch starts over.
+        Shuffled; all batches have one size. Samples that do not fill a batch are left out of this epoch. A set smaller than the
+        epoch is shuffled again and continued.
         """
         import torch
 
@@ -409,17 +409,17 @@ class Split:
     def batches(self, steps, batch_size, seed, epoch, rank=0, world=1, stage=2):
         """The augmented batches x (B, C, H, W) or (B, C, L), y (B, ...) of this process, B = batch_size / world.
 
-        All processes follow one plan and take their own columns of it: G processes see the batches of one. What lies in files
-        is read a batch ahead, in a thread.
+        All processes follow one plan, and each takes its own columns: G processes see the batches of one. Samples in files are
+        read a batch ahead, in a thread.
         """
-        here = "cpu" if self.lazy else self.device  # what reads files needs the numbers before the device is free
+        here = "cpu" if self.lazy else self.device  # reading files needs the indices before the device is free
         order, u = (part[:, rank::world].to(here) for part in self.plan(steps, batch_size, seed, epoch, stage))
         read = lambda step: (self.rows(self.x, order[step], u[step]), self.targets(order[step]))
         for step, (x, y) in enumerate(files.read_ahead(read, steps) if self.lazy else map(read, range(steps))):
             yield self._prepare(x, u[step].to(self.device)), y
 
     def in_order(self, parts):
-        """x, y of the samples of each index in `parts`, not augmented. What lies in files is read a part ahead."""
+        """x, y of the samples of each index in `parts`, not augmented. Samples in files are read a part ahead."""
         parts = [part.cpu() for part in parts] if self.lazy else parts  # now, while the device is free
         read = lambda i: (self.rows(self.x, parts[i]), self.targets(parts[i]))
         for x, y in files.read_ahead(read, len(parts)) if self.lazy else map(read, range(len(parts))):
@@ -427,7 +427,7 @@ class Split:
 
 
 def validate(where, x, y, like, classes, rows=None):
-    """The samples `rows` (None: all) as a Split takes them. Files, tables, arrays of one's own and sources all pass here.
+    """Check the samples `rows` (None: all) and return them as a Split expects them: files, tables, your own arrays, sources.
 
     There are as many inputs as targets, and at least one. Shapes are those that `like`, a Task or Proxy, declares. Inputs are
     finite; targets are classes in range, labels 0 or 1, or finite fields (where the loss is `scores.mask_loss`: 0, 1, or NaN
@@ -465,7 +465,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     `as_released`: data of PDE tasks with the mistakes of the official files and of ORCA's loader (docs/pde.md).
 
     Where files are missing, PDE tasks are simulated; at the tiny scale others use toy data, and a printed line says so.
-    Raises: Missing at full scale. UserError where the data do not match the task, see `validate`.
+    Raises: Missing if files are missing and neither is possible. UserError if the data do not match the task, see `validate`.
     """
     import torch
 
@@ -483,7 +483,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
             without = " To try without: --scale tiny." * (task.toy is not None)
             raise Missing(f"{task.name}: {missing}\n{advice}{without}") from None
         else:
-            print(f"TOY DATA: {missing}\n          Generated data take the place of {task.name}; {advice}")
+            print(f"TOY DATA: {missing}\n          Using generated data instead of {task.name}; {advice}")
             most = max(24, 2**25 // math.prod(task.shape))  # 128 MB
             n = min(n_train or TOY_TRAIN, TOY_TRAIN, most)
             train = task.toy(n + n // 9 + 1, seed=0)
@@ -545,8 +545,8 @@ def count_classes(target, y):
 def class_names(loaded, data_dir):
     """What the classes or labels of a `Loaded` are called, in the order of their numbers: K str.
 
-    Toys have names of their own, which say what was drawn. Raises UserError where there are none, and why; Missing if the file
-    that has them is.
+    Toy data have names of their own. Raises UserError, with the reason, if there are no names; Missing if the file with the
+    names is missing.
     """
     task, toy, K = loaded.task, loaded.train.origin == "toy", loaded.train.classes
     names = task.toy_names[:K] if toy else task.names(Path(data_dir)) if callable(task.names) else task.names
@@ -572,7 +572,7 @@ def load_proxy(name, data_dir, scale, n=SOURCE_SAMPLES, seed=0, device="cpu", to
         advice = f"`python data.py --prepare {name} --data-dir {data_dir}` downloads the files."
         if scale != "tiny":
             raise Missing(f"source {name}: {missing}\n{advice} To try without: --scale tiny.") from None
-        print(f"TOY DATA: {missing}\n          Generated data take the place of {name}; {advice}")
+        print(f"TOY DATA: {missing}\n          Using generated data instead of {name}; {advice}")
         x, y, *count = proxy.toy(min(n, TOY_TEST), seed=2)
         origin, classes = "toy", count_classes(proxy.target, y)
     if proxy.modality == "1d":
@@ -599,7 +599,7 @@ def class_labels(split, k=10, seed=0):
 
     chunks = torch.arange(len(split), device=split.device).split(min(1000, max(1, 2**26 // math.prod(split.output))))  # 256 MB
     flat = lambda index: split.targets(index).flatten(1).nan_to_num().float().cpu().numpy()  # (1000 or fewer, everything)
-    with threadpool_limits(1):  # sums in one order: each process finds the same clusters
+    with threadpool_limits(1):  # one order of summation: all processes find the same clusters
         if len(split) <= 10_000 and not split.lazy:
             kmeans = KMeans(min(k, len(split)), n_init=3, random_state=seed).fit(np.concatenate(list(map(flat, chunks))))
         else:
@@ -629,7 +629,7 @@ class Args:
 def prepare(name, data_dir):
     """Download the files of a task and of its sources, or of one source.
 
-    Raises UserError if a download fails; not for a task that can be simulated, which then says so.
+    Raises UserError if a download fails; for a task that can be simulated, prints that instead.
     """
     if name in PROXIES:
         wanted = [(PROXIES[name].download,)]
@@ -653,7 +653,7 @@ def prepare(name, data_dir):
                 if key == keys[-1]:
                     failed[key] = error
                 else:
-                    print(f"{key}: {error}\nTrying {keys[1]} instead, from which we make it.")
+                    print(f"{key}: {error}\nTrying {keys[1]} instead, from which it can be made.")
     simulated = name in TASKS and TASKS[name].simulate
     if len(failed) == 1 and not simulated:
         raise failed.popitem()[1]
@@ -664,7 +664,7 @@ def prepare(name, data_dir):
         if own & failed.keys():
             print(f"{name} will be simulated: its equation is solved here when a run needs it (docs/pde.md).")
         if failed := sorted(failed.keys() - own):
-            print(f"Without {' and '.join(failed)}, methods that use a source run at the tiny scale only, with a toy.")
+            print(f"Without {' and '.join(failed)}, methods that use a source run at the tiny scale only, with toy data.")
     elif failed:
         raise UserError(f"{', '.join(failed)} could not be downloaded; see above where each is available and where it goes.")
 

@@ -16,9 +16,9 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch: error on cifa
 (scratch), 0.777 ± 0.007 (norms), 0.778 ± 0.003 (lora); on satellite 0.417 ± 0.012 (naive), 0.411 ± 0.025 (scratch).
 docs/results.md has the commands and more.
 
-All modes have ORCA's settings (full scale) or those of all methods (tiny scale), and the option --init. In ORCA's release,
-naive fine-tuning starts from a worse embedder than ORCA; on cifar100 that matters more than any method. `--as-released`
-reproduces this start: docs/paper-vs-code.md, O2.
+All modes use ORCA's settings at the full scale and the common settings at the tiny scale. --init has no effect on scratch. In
+ORCA's release, naive fine-tuning starts from a worse embedder than ORCA does; on cifar100 that matters more than the choice of
+the method. `--as-released` reproduces this start: docs/paper-vs-code.md, O2.
 """
 
 import copy
@@ -49,15 +49,15 @@ class Args(cli.Args):
     """lora: updates are scaled by alpha / r"""
 
 
-BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", ".attention.self.", ".dense.")  # linear maps of Swin and ViT (three), BERT
+BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", ".attention.self.", ".dense.")  # linear layers of Swin and ViT (three), BERT
 
 
 def trains(mode, name, warming=False):
-    """Whether the parameter `name` trains; they are called embedder.*, encoder.* and predictor.*"""
+    """Whether the parameter `name` trains: embedder.*, encoder.* or predictor.*; `warming`: in the warm-up epochs."""
     part = name.split(".")[0]
     if mode == "frozen":  # FPT: LayerNorms, position biases, the class token ... train
         return not any(layer in name for layer in BODY)
-    if mode == "warmup":  # the embedder alone at first; the random predictor waits too, as the text says "all else frozen"
+    if mode == "warmup":  # at first the embedder alone; the predictor is frozen too: the paper says "all else frozen"
         return part == "embedder" or not warming
     if mode == "lora":  # A and B are parameters of LoRA, not of the model
         return part != "encoder"
@@ -67,7 +67,7 @@ def trains(mode, name, warming=False):
 
 
 def set_trainable(model, mode, warming=False):
-    """Switch gradients on or off by parameter: for a frozen one, none is computed."""
+    """Set requires_grad of every parameter; no gradient is computed for frozen ones."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(mode, name, warming))
 

@@ -3,9 +3,9 @@
 Ma, Li, Cai and Kang, "Language Semantic Graph Guided Data-Efficient Learning", NeurIPS 2023. Written from its abstract, its
 figure and its released code: the paper's equations could not be read.
 
-Class names have a meaning, and a language model knows some of it. Prompts that contain a name are the nodes of a graph,
-joined where they are similar. A graph convolutional network (GCN) learns to classify the nodes and is frozen. Then each sample
-joins the graph as a neighbour of its own label, and the output of the GCN for it guides the encoder.
+Class names have a meaning, and a language model knows some of it. The nodes of a graph are prompts that contain a class name;
+similar ones are joined. A graph convolutional network (GCN) learns to classify the nodes and is frozen. Then each sample is
+joined to the nodes of its own class, and the output of the GCN for it guides the encoder.
 
     stage 1:
     1  t_cp = unit(mean of the text encoder's outputs at the tokens of the name, in prompt p of class c)       T: n = K P nodes
@@ -54,7 +54,7 @@ class Args(cli.Args):
     """The options of LSG; those that all methods share are in cli.Args."""
 
     text_encoder: str | None = None
-    """what reads the names: any BERT-like model, like --backbone of a 1D task. Default: roberta_base (full), tiny-roberta"""
+    """model that embeds the names: BERT-like, as --backbone of a 1D task. Default: roberta_base (full), tiny-roberta (tiny)"""
     prototypes: Literal["graph", "text", "random", "simplex"] = "graph"
     """graph: the method. Controls with a fixed vector for each class, and no L(o, y): text: the mean of its prompts; random:
     random orthogonal vectors; simplex: all cosines equal, as small as possible. The last two need no names"""
@@ -79,9 +79,9 @@ activation = lambda x: F.leaky_relu(x, 0.2)
 
 
 def tokenise(source, names, sample):
-    """The prompts, by class: K P pairs of token ids and the slice of them that is the name. `sample`: what a sample is.
+    """The K P prompts, class by class: token ids, and the slice of them that is the name. `sample`: what to call a sample.
 
-    The parts of a prompt are tokenised one by one, so that the place of the name is known. Raises UserError if it has no token.
+    The parts of a prompt are tokenised one by one, which gives the position of the name. Raises UserError if it has no token.
     """
     vocabulary = source.tokenizer.vocabulary
     begin, end = ([] if token is None else [token] for token in (vocabulary.cls_token_id, vocabulary.sep_token_id))
@@ -100,7 +100,7 @@ def tokenise(source, names, sample):
 
 @torch.no_grad()
 def embed_prompts(source, prompts, device):
-    """Line 1: T (n, d), unit vectors. Prompts of one length go together, so that nothing is padded."""
+    """Line 1: T (n, d), unit vectors. Prompts of one length form a batch: no padding."""
     encode = nn.Sequential(source.embedder, source.encoder).to(device).eval()
     t = torch.empty(len(prompts), source.token_width)  # (n, d)
     for length in {len(ids) for ids, _ in prompts}:
@@ -133,9 +133,9 @@ def normalised(A):
 
 
 def label_nodes(loaded, args, device):
-    """Lines 1 and 2: T (n, d) and A (n, n), kept in the cache under a key of all that they depend on.
+    """Lines 1 and 2: T (n, d) and A (n, n), cached under a hash of everything that they depend on.
 
-    None, None where no names are needed. Raises UserError for a task without names, or an encoder that is no text model.
+    Returns None, None if no names are needed. Raises UserError if the task has no names, or the encoder is no text model.
     """
     if args.prototypes in ("random", "simplex"):
         return None, None
@@ -148,7 +148,7 @@ def label_nodes(loaded, args, device):
     if source.modality != "1d":
         raise cli.UserError(f"--text-encoder: {source.name} is a Swin or ViT, not a text model.\nGive a BERT-like model.")
     if source.name == "tiny-roberta":
-        print("LSG     tiny-roberta hardly knows what the names mean. For real results, give a --text-encoder")
+        print("LSG     tiny-roberta hardly knows what the names mean. For real results, give another --text-encoder")
     prompts = tokenise(source, names, loaded.task.sample)
     key = hashlib.sha256(f"{prompts} {args.edge_ratio} {source.name} {source.encoder.architecture}".encode())
     for weight in (*source.embedder.parameters(), *source.encoder.parameters()):
@@ -158,7 +158,7 @@ def label_nodes(loaded, args, device):
         t = embed_prompts(source, prompts, device)
         return t.numpy(), label_graph(t, args.edge_ratio).numpy()
 
-    what = f"{source.name} reads {len(names)} class names in {P} prompts each"
+    what = f"{source.name} embeds {len(names)} class names in {P} prompts each"
     kept = data.kept(Path(args.out_dir) / "cache", f"names-{key.hexdigest()[:12]}", what, make)
     return tuple(torch.tensor(array, device=device) for array in kept)
 
@@ -173,8 +173,8 @@ class GCN(nn.Module):
 
 
 def train_gcn(gcn, t, A, task, args):
-    """Line 3: trains `gcn` on all nodes T (n, d) at once, with the loss of `task`. Returns at most ten rows of numbers, whose
-    epoch is the step: each step sees all nodes.
+    """Line 3: trains `gcn` on all nodes T (n, d) at once, with the loss of `task`. Returns at most ten rows of metrics; their
+    epoch is the number of steps, since each step uses all nodes.
 
     As released: by SGD, and the rows of O are scaled to unit norm before the loss, which then stays above a floor (row L2).
     """
@@ -259,7 +259,7 @@ class Guided(nn.Module):
         self.model, self.projector, self.guide, self.loss = model, projector, guide, loss
 
     def forward(self, x, y):
-        """Class scores (B, K), and the two losses of line 6, of the samples of all processes: they are neighbours."""
+        """Class scores (B, K), and the two losses of line 6 over the samples of all processes, which may be neighbours."""
         features = self.model.encoder(self.model.embedder(x))  # (B, n, F)
         out = self.model.predictor(features)  # (B, K)
         with common.autocast_off(features):

@@ -49,14 +49,15 @@ class Args(cli.Args):
     """The options of MoNA; those that all methods share are in cli.Args."""
 
     meta_epochs: int | None = None
-    """epochs of stage 1, each of as many micro-batches as in stage 2, a step for each. 0: naive fine-tuning"""
+    """epochs of stage 1, each with as many micro-batches as in stage 2 and one step for each of them. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: --lr, without its factor for gradient accumulation"""
     inner_lr: float = 0.1
-    """alpha, of the virtual step; found for tiny-swin. lambda alpha weighs the outer gradient, see `ratio`. The log's `step` is
-    |theta* - theta_0| / |theta_0|: 0.0025 there; with another backbone choose alpha so that it is of that order"""
+    """alpha, the learning rate of the virtual step, chosen for tiny-swin. lambda alpha scales the outer gradient (`ratio` in
+    the log). `step` in the log is |theta* - theta_0| / |theta_0|, 0.0025 for tiny-swin; with another backbone, choose alpha so
+    that it is of that order"""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 1.0
-    """weight of the source's loss. 0: warm-up of embedder and predictor; with --predictor frozen, of the embedder alone"""
+    """lambda, the weight of L_outer. 0: warm-up of embedder and predictor, or only of the embedder with --predictor frozen"""
     gradient: Literal["finite-difference", "exact"] = "finite-difference"
     """how the gradient of L_outer is computed. exact: double backward, which needs more memory"""
     predictor: Literal["trained", "frozen"] = "trained"
@@ -88,9 +89,9 @@ def uniformity(f):
 
 
 def outer_loss(encoder, theta, tokens_s, y_s):
-    """Lines 3 and 4: how well the encoder with the weights `theta` tells the source classes apart. Both terms: scalars.
+    """Lines 3 and 4: alignment and uniformity of the source features of the encoder with the weights `theta`, two scalars.
 
-    Pairs are formed over all samples. With G processes, each has its share of the tokens and all classes y_s.
+    Pairs are formed over all samples. Of G processes, each passes its part of the tokens, and the classes y_s of all.
     """
     features = functional_call(encoder, theta, (tokens_s,)).mean(1)  # (B / G, n, F) -> (B / G, F)
     f = gather(F.normalize(features, dim=1))  # (B, F)
@@ -106,9 +107,9 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         grad_e (lambda L_outer) = -lambda alpha grad_e <v, grad_theta L_inner>                                        exact
                                 = -lambda alpha (grad_e L_inner(theta_0 + c v) - grad_e L_inner(theta_0 - c v)) / 2c + O(c^2)
 
-    which a finite difference gets from two more gradients of the ordinary kind, at the memory of ordinary training. Taking
-    theta* for a constant (first-order MAML) leaves nothing of it: then stage 1 is a plain warm-up. The virtual step of
-    embedder and predictor does not enter.
+    The finite difference needs two more ordinary gradients, and no more memory than ordinary training. Treating theta* as a
+    constant (first-order MAML) would remove this gradient: stage 1 would be a plain warm-up. The virtual step moves only the
+    encoder: L_outer uses neither the target embedder nor the predictor.
 
     Args:
         model: a common.Model; its encoder is left untouched, bit for bit.
@@ -153,11 +154,11 @@ def exact(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
 
 
 def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
-    """The same from two more gradients of L_inner, at theta_0 + c v and theta_0 - c v."""
+    """As `exact`, but by a central difference: two more gradients of L_inner, at theta_0 + c v and theta_0 - c v."""
     theta = {name: p.detach().requires_grad_() for name, p in model.encoder.named_parameters()}
     e, h = list(model.embedder.parameters()), list(model.predictor.parameters())
     embedded = model.embedder(x_t)  # (B, N, D)
-    tokens = embedded.detach().requires_grad_()  # gradients stop here and pass the embedder once each
+    tokens = embedded.detach().requires_grad_()  # cut the graph: each gradient goes through the embedder only once
     L_inner = inner_loss(theta, tokens)  # line 1
     g_tokens, *g = torch.autograd.grad(L_inner, [tokens, *h, *theta.values()])  # (B, N, D), ...
     inner_h, g_theta = g[: len(h)], average(g[len(h) :])
@@ -167,9 +168,9 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
     align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)  # lines 3 and 4
     v = average(torch.autograd.grad(align + uniform, list(theta_star.values())))
     del theta_star
-    c = 0.01 / norm(v).clamp(min=1e-30)  # v = 0: nothing of L_outer is left, and both sides are equal
+    c = 0.01 / norm(v).clamp(min=1e-30)  # if v = 0, both sides are equal and the outer gradient is 0
     sides = []
-    for shift in (c, -c):  # one side, against the gradient at theta_0, is cheaper and too coarse: docs/performance.md
+    for shift in (c, -c):  # a one-sided difference is cheaper but too inaccurate: docs/performance.md
         moved = {name: p.detach() + shift * d for (name, p), d in zip(theta.items(), v, strict=True)}
         sides += torch.autograd.grad(inner_loss(moved, tokens), tokens)  # (B, N, D)
         del moved
@@ -189,7 +190,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
     lr, weight_decay = data.of_one_batch(args, "mona")
     optimizer = make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = train.batches_in_epoch(args)
-    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # at least 32: L_outer is of pairs, which small batches lack
+    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # at least 32: in smaller batches few pairs share a class
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = time.perf_counter(), torch.zeros(steps, 5, device=train.device)
@@ -219,7 +220,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
         rows.append(row)
     if args.lambda_ > 0 and rows[-1]["ratio"] < 0.01:
         print(
-            "MoNA    the source's part of the gradient is below 1 %: this was a plain warm-up. Raise --inner-lr or --lambda."
+            "MoNA    the outer gradient is below 1 % of the inner one: this was a plain warm-up. Raise --inner-lr or --lambda."
         )
     return rows
 
@@ -250,7 +251,7 @@ def main(args):
     # ---- MoNA: stage 1, embedder and predictor
     net = model
     if args.compile and args.gradient == "exact" and args.meta_epochs > 0:
-        raise cli.UserError("--compile leaves no second derivative, which --gradient exact needs.\nLeave one of them out.")
+        raise cli.UserError("--compile has no second derivatives, which --gradient exact needs.\nLeave out one of them.")
     if args.meta_epochs > 0 and not run.restore_stage1(embedder=embedder, predictor=model.predictor):
         model.to(device)
         source.embedder.to(device)

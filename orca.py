@@ -2,8 +2,8 @@
 
 Shen et al., "Cross-Modal Fine-Tuning: Align then Refine", ICML 2023.
 
-A pretrained encoder expects tokens distributed like those of its own modality. ORCA first trains the new embedder, alone,
-until embedded target data lie close to embedded source data of the same kind of label; then it fine-tunes everything.
+A pretrained encoder expects tokens distributed like those of its own modality. ORCA first trains the new embedder, alone, to
+bring embedded target data close to embedded source data with the same kind of label; then it fine-tunes everything.
 
     stage 1, in each embedder epoch:
     1  u_s = mean over tokens of source embedder(x_s), with labels y_s       once: the source embedder is frozen
@@ -20,10 +20,10 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tu
 0.783 ± 0.003 (0.783 ± 0.005), on satellite 0.378 ± 0.012 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.299.
 
-Line 3 has all target classes in one problem, as OTDD is defined; so has the tiny scale. The full scale has ten in each,
-`--classes-per-problem`, and line 4 then sums over problems, weighted by their share of the samples. The official code has one
-class in each and holds W^2 constant: labels then change neither the plan nor the gradient. `--as-released`
-optimises what that code does. docs/paper-vs-code.md, O1 to O8, says more.
+Line 3 puts all target classes into one problem, as OTDD is defined; this is the default at the tiny scale. At the full scale
+each problem has ten classes (`--classes-per-problem`), and line 4 sums over problems, weighted by their share of the samples.
+The official code has one class per problem and treats W^2 as constant: labels then change neither the plan nor the gradient.
+`--as-released` optimises the same objective. See docs/paper-vs-code.md, O1 to O8.
 """
 
 import time
@@ -49,8 +49,8 @@ class Args(cli.Args):
     """learning rate of stage 1, divided by 5 after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr itself
     where it is above 1e-3; --lr before its scaling for gradient accumulation"""
     objective: Literal["otdd", "otdd-gaussian", "mmd", "l2"] = "otdd"
-    """what brings target and source together. otdd-gaussian: classes as normal distributions. mmd, l2:
-    distance of each target class to the whole source, without its labels"""
+    """the distance to minimise. otdd-gaussian: W^2 between normal distributions. mmd, l2: distance of each target class to all
+    source samples, whatever their labels"""
     reg: float | None = None
     """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official), for GPUs; 0 (tiny): exact
     linear programs, faster on CPUs"""
@@ -74,7 +74,7 @@ def make_distance(u_s, y_s, objective="otdd", inner="exact", reg=0.0):
     def mmd(u_t, y_t, mass_t, generator):  # against as many source samples, drawn with replacement
         return common.mmd(u_s[torch.randint(len(u_s), (len(u_t),), generator=generator)], u_t)
 
-    def l2(u_t, y_t, mass_t, generator):  # as many random pairings as the source fills, at least one
+    def l2(u_t, y_t, mass_t, generator):  # mean over max(1, n // m) random pairings of source and target
         n, m = len(u_s), len(u_t)
         rounds = max(1, n // m)
         order = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-rounds * m // n))])
@@ -84,7 +84,7 @@ def make_distance(u_s, y_s, objective="otdd", inner="exact", reg=0.0):
 
 
 def draw(members, max_samples, n, generator):
-    """At most `max_samples` samples of each class: index (m,), and their mass, so that a class weighs n_c / n: (m,)."""
+    """Draw at most `max_samples` samples of each class. Returns index (m,), and mass (m,): that of class c sums to n_c / n."""
     chosen = [index[torch.randperm(len(index), generator=generator)[:max_samples]] for index in members]
     mass = [torch.full((len(c),), len(index) / len(c) / n) for index, c in zip(members, chosen, strict=True)]
     return torch.cat(chosen), torch.cat(mass)
@@ -99,8 +99,9 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
         args: the options.
         progress: wraps the embedder epochs.
     Returns: a row for each embedder epoch: its number, the distance before its step, seconds.
+    Raises: UserError if the embedder diverges.
     """
-    # as released the label term W^2 is a constant of each class, left out here, and each class is a problem of its own
+    # as released: each class is a problem of its own, in which the label term W^2 is constant and therefore left out
     otdd, released = args.objective.startswith("otdd"), args.as_released
     inner = "gaussian" if args.objective == "otdd-gaussian" else "none" if released else "exact"
     per_problem = args.classes_per_problem if otdd and not released else 1

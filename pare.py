@@ -22,10 +22,10 @@ Measured with 1,000 real samples, tiny scale, 3 seeds, last epoch, naive fine-tu
 
 Spherical, 10,000 images: 0.836 ± 0.004 (0.848 ± 0.003). Published, full scale: 0.256 (0.553).
 
-The text leaves open how L_mix and the loss on unmixed samples are combined: line 6 is the official code's. So is the start of
-the target embedder, which the text wants random: `--init`. The gate's gradient is straight-through as in the code, but of
-another relaxation, and in every epoch (P5, P23). k0 of each task and the temperature are the code's. Everywhere else the
-defaults are the text's; `--as-released` follows the code in P2 to P6 and P8: docs/paper-vs-code.md.
+The paper does not say how L_mix and the loss on unmixed samples are combined: line 6 follows the official code. So does the
+start of the target embedder, which is random in the paper: `--init`. As in the code, the gate has a straight-through gradient,
+but that of another relaxation, and in every epoch (P5, P23). k0 of each task and the temperature are the code's. All other
+defaults follow the paper; `--as-released` follows the code in P2 to P6 and P8: docs/paper-vs-code.md.
 """
 
 import time
@@ -46,19 +46,20 @@ class Args(cli.Args):
     """The options of PaRe; those that all methods share are in cli.Args."""
 
     k_begin: float | None = None
-    """k0 as a share of the N target tokens, at most N_s; 0.64 is the official 2000 of 3136. Try less if images are far from the
-    target"""
+    """k0 as a fraction of the N target tokens, at most N_s tokens; 0.64 is the official 2000 of 3136. Try less if images are
+    far from the target"""
     k_end: float | None = None
-    """share that k falls to. Default 0, as in the text; with --as-released that of the official configuration, 500 of 3136 for
-    images"""
+    """fraction that k falls to. Default: 0, as in the paper; with --as-released that of the official configuration, 500 of 3136
+    for images"""
     ratio: Literal["k/k0", "k/N"] | None = None
     """lambda, the weight of the source label: k/k0 (default, paper) starts at 1, k/N (code) is the share of source tokens"""
     mix_weight: float | None = None
     """weight of L_mix in the total loss. Default: the official 1 (2D classification), 0.3 (2D fields), 0.1 (1D)"""
     temperature: float = 0.9
-    """of the relaxed top-k that gives the gate its gradient; lower is closer to the hard choice"""
+    """temperature of the relaxed top-k that gives the gate its gradient; lower is closer to the hard top-k"""
     gate_noise: float | None = None
-    """scale of Gumbel noise on the scores. Default 0; the code's 1 drowns scores in (0, 1): the choice is nearly random"""
+    """scale of Gumbel noise on the scores. Default: 0. The official code's 1 is larger than the range (0, 1) of the scores: the
+    choice is nearly random"""
 
 
 class Gate(nn.Module):
@@ -76,7 +77,7 @@ class Gate(nn.Module):
 def top_k_mask(scores, k, temperature=0.9):
     """1 for the k highest scores, 0 for the rest, with a gradient (straight-through). (B, N) -> (B, N)
 
-    Forward the hard choice, backward the relaxed one:
+    Forward pass: the hard choice. Backward pass: the gradient of the relaxed one:
 
         p_i = sigmoid(s_i / tau - t),   t such that sum_i p_i = k
         dp_i / ds_j = w_i (delta_ij - w_j / sum_l w_l) / tau,   w = p (1 - p)
@@ -85,7 +86,7 @@ def top_k_mask(scores, k, temperature=0.9):
     rounding only and gives it the gradient of the implicit function theorem. (The official code iterates N softmaxes:
     tools/bench.py topk.)
     """
-    B, N = scores.shape
+    N = scores.shape[1]
     hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)
     if k in (0, N) or not scores.requires_grad:
         return hard  # no choice, or no gradient
@@ -107,8 +108,8 @@ def top_k_mask(scores, k, temperature=0.9):
 def replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, temperature=0.9):
     """Line 4: the intermediate sample X_m.
 
-    The N - k highest-scored target tokens stay where they are; the places of the k lowest, left to right, take the k
-    highest-scored source tokens in their own order. The gate's gradient comes through both masks.
+    The N - k highest-scored target tokens stay in place. The positions of the other k are filled, from left to right, with the
+    k highest-scored source tokens in their original order. The gate gets its gradient through both masks.
 
     Args:
         tokens_t (B, N, D), tokens_s (B, N_s, D): embedded target and source samples.
@@ -141,7 +142,7 @@ def replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k):
 
 
 def released_phase2_begins(args, modality):
-    """Epoch in which the official code enters its second phase: 10 (2D) or 5 (1D) of 60, that share of a shorter tiny run."""
+    """First epoch of the official code's second phase: 10 (2D) or 5 (1D) of 60; at the tiny scale that fraction of the run."""
     epoch = 10 if modality == "2d" else 5
     return max(1, args.epochs * epoch // 60) if args.scale == "tiny" else epoch
 
@@ -159,7 +160,7 @@ def limits(args, N, N_s):
 
 
 def gumbel(like):
-    """Draws from Gumbel(0, 1): adding them to scores before a top-k makes it a random choice."""
+    """Samples of Gumbel(0, 1), of the shape of `like`. Added to the scores, they make a top-k a random choice."""
     return -torch.log(-torch.log(torch.rand_like(like).clamp(1e-20, 1 - 1e-7)))
 
 
@@ -172,7 +173,7 @@ class PaRe(nn.Module):
         self.temperature, self.noise = temperature, noise
 
     def forward(self, x, tokens_s, k, released_phase2=False):
-        """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)); with k = 0 only the first. One pass of the encoder."""
+        """Predictions h_t(g(X_t)), h_t(g(X_m)), h_s(g(X_m)), in one pass of the encoder; if k = 0, the last two are None."""
         tokens_t = self.model.embedder(x)  # (B, N, D)
         if k == 0:
             return self.model.predictor(self.model.encoder(tokens_t)), None, None
@@ -270,7 +271,7 @@ def main(args):
 
     # ---- test: the last epoch, and the epoch that was best on validation
     ks = {epoch + 1: schedule(epoch, args.epochs, k0, k_end) for epoch in (0, args.epochs // 2, args.epochs - 1)}  # PaRe
-    if not args.as_released:  # PaRe: the picture shows the choice of the text
+    if not args.as_released:  # PaRe: the picture shows the paper's choice, not the released one
         run.draw_patches(loaded.test, lambda x: gate(model.embedder(x)), ks)  # PaRe
     return run.finish(model, loaded, args.source)  # PaRe
 

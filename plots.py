@@ -1,4 +1,4 @@
-"""What shows a run: curves.png, predictions.png and patches.png, as bytes of a PNG file, and its numbers for --track.
+"""Plots of a run (curves.png, predictions.png, patches.png), as bytes of a PNG file, and its metrics for --track.
 
 matplotlib is imported where it is used: it takes seconds. Shapes: n samples, K classes, C channels, H W L sizes, N tokens.
 """
@@ -55,7 +55,7 @@ def curves(title, stage1, history, result):
 
 
 def predictions(title, task, x, out, y):
-    """Of the test set: the confusion matrix of classes, or the first fields. x (SHOWN, ...); out and y: of all samples."""
+    """The test set: confusion matrix of classes, or the first fields. x (SHOWN, ...); out and y: of all samples."""
     if task.target == "class":
         return confusion(title, out, y, task.names if isinstance(task.names, tuple) else None)
     return fields(title, x, out if task.normalised or not task.restore else task.restore(out), y)  # both in one unit
@@ -75,7 +75,7 @@ def shares(out, y):
 
 
 def confusion(title, out, y, names=None):
-    """Which classes are taken for which. out (n, K), y (n,)"""
+    """Confusion matrix; each row sums to 1. out (n, K), y (n,)"""
     K = out.shape[1]
     figure, ((axis,),) = subplots(1, 1, 5.2, 4.4)
     image = axis.imshow(shares(out, y), cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
@@ -152,15 +152,15 @@ def replaced(title, x, scores, ks):
 class Tracker:
     """--track: the rows of metrics.jsonl, the run's arguments and its result for TensorBoard or Weights & Biases.
 
-    A row's step is its number in metrics.jsonl. A resumed run has no step twice: TensorBoard's files are written anew, W&B's
-    run goes on after its last step.
+    A row's step is its number in metrics.jsonl. Resuming logs no step twice: TensorBoard's files are rewritten, W&B's run
+    continues after its last step.
     """
 
     def __init__(self, package):
         try:
             module = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(package, package))
         except ImportError as error:
-            raise UserError(f"--track {package} needs a package that is not here ({error}): pip install {package}") from error
+            raise UserError(f"--track {package}: a package is missing ({error}).\npip install {package}") from error
         self.package, self.module, self.sent = package, module, 0
 
     def begin(self, folder, arguments):
@@ -178,7 +178,7 @@ class Tracker:
         self.record.add_text("args", json.dumps(arguments))
 
     def log(self, rows):
-        """The numbers of those rows of metrics.jsonl that are new."""
+        """Log the rows of metrics.jsonl that are new."""
         for step in range(self.sent + 1, len(rows) + 1):
             row = rows[step - 1]
             numbers = {f"stage1/{name}" if "stage" in row else name: value for name, value in row.items()}
@@ -191,7 +191,7 @@ class Tracker:
         self.sent = max(self.sent, len(rows))
 
     def end(self, result):
-        """result.json, and no more rows."""
+        """Log the result and close the record."""
         if self.package == "wandb":
             self.record.summary.update(result)
             self.record.finish()

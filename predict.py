@@ -3,12 +3,12 @@
     python predict.py runs/satellite-naive-tiny-roberta-s0 x.npy -o predictions.npy
 
 x.npy holds new samples (n, ...) in the shape that `python data.py` lists and with the values of the official files, before
-anything is normalised. PDEs solved at the tiny scale have fewer points; an error names the shape that a run takes.
+anything is normalised. PDEs simulated at the tiny scale have fewer points; an error message names the expected shape.
 
     cifar100, spherical     images in uint8
     darcy, navier_stokes1d  (n, 1, 85, 85) coefficients, (n, 1, 3072) density, pressure and velocity
     cosmic                  (n, 1, 129, 128), the sky level in the last row
-    fsd50k                  (n, 2, 22050), a second of sound, and zeros where training mixes in noise
+    fsd50k                  (n, 2, 22050): a second of sound, and zeros in place of the noise that training mixes in
     ecg                     pieces of records that have mean 0 and standard deviation 1
     openml<ID>              (n, F), the table without its label and the columns that the run left out; categories are numbers
                             from 0 in the order of the file; NaN is a missing value
@@ -74,7 +74,7 @@ def predict(model, task, x, where="x", batch_size=32):
     out = torch.cat(out).numpy()  # (n, *output)
     finite = np.isfinite(out).reshape(len(out), -1).all(1)  # (n,)
     if not finite.all():
-        raise cli.UserError(f"{where}: the prediction of sample {finite.argmin()} is not finite: its values are too large.")
+        raise cli.UserError(f"{where}: the prediction of sample {finite.argmin()} is not finite: the inputs are too large.")
     if task.target == "field":
         return task.restore(out) if task.restore else out
     return data.scores.softmax(out) if task.target == "class" else data.scores.sigmoid(out)
@@ -82,7 +82,7 @@ def predict(model, task, x, where="x", batch_size=32):
 
 def main(args):
     if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.inputs).resolve():
-        raise cli.UserError(f"-o {args.out} would take the place of something else.\nGive the name of a new file.")
+        raise cli.UserError(f"-o {args.out} is a folder, or the input file.\nGive the name of another file.")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model, task = load(args.run)
     predictions = predict(model, task, data.read_npy(Path(args.inputs)), args.inputs, args.batch_size)

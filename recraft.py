@@ -74,7 +74,7 @@ class Args(cli.Args):
     """freeze the embedder in stage 2, as in the paper's figure; the released code trains everything"""
 
 
-RATE = 0.1  # of a batch in the running table: about the mean over ten batches
+RATE = 0.1  # weight of a batch in the running mean of the table, which averages over about ten batches
 MEASURED = 512  # target samples on which each epoch of stage 1 is measured
 
 
@@ -89,9 +89,9 @@ def encode(encoder, autocast, embedder, split, index):
 
 
 def train_source_predictor(features_s, y_s, args, text):
-    """Line 1: h_s, a linear layer on source features (n, F) with labels y_s (n,), by 300 steps on all of them.
+    """Line 1: train h_s, a linear layer on source features (n, F) with labels y_s (n,), for 300 steps on all samples.
 
-    As released: 20 epochs in batches of 4. For text 30, with the softmax taken twice, which leaves h_s nearly flat (R9).
+    As released: 20 epochs in batches of 4; for text 30, with softmax applied twice: predictions are nearly uniform (R9).
     """
     with torch.random.fork_rng(devices=[]):
         seed_everything("source predictor", args.seed)
@@ -121,13 +121,14 @@ def entropies(joint):
 
 
 def released_groups(y_t, args, generator):
-    """The official code's steps of a label epoch: groups of one class, index (m,), and the weights of their losses (R5, R6).
+    """A label epoch of the official code: yields groups of one class, index (m,), and the weights of their losses (R5, R6).
 
-    A group is whole batches of `batch_size`, at least label_samples. A rest of less than half of label_samples is left out.
-    w = n_c / n * m / (number of batches of class c).
+    A group consists of whole batches of `batch_size`, at least label_samples in all. A last group of less than half of
+    label_samples is left out. weight = n_c / n * m / (number of batches of class c).
     """
     size = args.batch_size * math.ceil(args.label_samples / args.batch_size)
-    for c in y_t.unique()[torch.randperm(len(y_t.unique()), generator=generator)]:
+    classes = y_t.unique()
+    for c in classes[torch.randperm(len(classes), generator=generator)]:
         members = torch.nonzero(y_t == c).squeeze(1)
         groups = members[torch.randperm(len(members), generator=generator)].split(size)
         batches = -(-len(members) // args.batch_size)
@@ -142,8 +143,9 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         h_s: the source predictor. u_s (n, D): the embedded source.
         train: the target's training samples, a data.Split. y_t (len(train),): their labels or pseudo-labels.
         args: the options. progress: wraps the epochs.
-    Returns: a row for each epoch, the first before any step: distance, H(Z), H(Z|Z'), I(Z;Z') of a fixed sample, the mean of
-        I(Z;Z') with permuted labels, which estimates the bias of so few samples, and seconds.
+    Returns: a row for each epoch and one before the first step: distance, H(Z), H(Z|Z') and I(Z;Z') of fixed samples; the mean
+        I(Z;Z') with permuted labels, an estimate of its bias with so few samples; seconds.
+    Raises: UserError if the embedder diverges, or if no class has enough samples for --as-released.
     """
     parameters, classes, n = list(embedder.parameters()), int(y_t.max()) + 1, len(train)
     y_t, one_class = y_t.cpu(), lambda u: torch.zeros(len(u), dtype=torch.long, device=u.device)
@@ -178,7 +180,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         measure(start)
 
     # ---- feature-label distortion
-    trained = nn.ModuleList([embedder, h_s.requires_grad_(args.as_released)])  # R4: the released predictor trains along
+    trained = nn.ModuleList([embedder, h_s.requires_grad_(args.as_released)])  # R4: as released, h_s is trained as well
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, replace(of_embedder, lr=args.label_lr))
     pi, steps = None, -(-n // args.label_samples)
@@ -198,7 +200,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
                 pi = rate * table(index) + (1 - rate) * (0 if pi is None else pi.detach())  # running mean of line 3
                 _, h_z_given, information = entropies(pi)
                 loss = -information if args.distortion == "mutual" else h_z_given  # line 4: -I(Z; Z'), or H(Z | Z')
-                take_step(optimizer, parameters, loss / rate)  # the gradient goes through the batch alone: rescaled
+                take_step(optimizer, parameters, loss / rate)  # only this batch has a gradient, scaled by rate: undone
         measure(start)
     h_s.requires_grad_(False)
     return rows

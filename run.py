@@ -118,7 +118,7 @@ def average_gradients(parameters):
 
 def take_step(optimizer, parameters, loss):
     """One step on `parameters`, and nothing else, down the gradient of a loss on samples of all processes."""
-    loss.backward(inputs=parameters)  # weights that the loss passes through get none
+    loss.backward(inputs=parameters)  # other weights in the graph get no gradient
     average_gradients(parameters)
     optimizer.step()
     optimizer.zero_grad()
@@ -127,8 +127,8 @@ def take_step(optimizer, parameters, loss):
 def embed_all(embedder, split, index):
     """Samples `index` of a data.Split as one vector each, the mean over their tokens, with a gradient: (m,) -> (m, D)
 
-    Embedded 128 at a time, or fewer where samples are large; several chunks are recomputed in the backward pass, so that memory
-    does not grow with m. Each process embeds its part.
+    Embedded 128 at a time, or fewer if samples are large. If there are several chunks, the backward pass recomputes them, so
+    that memory does not grow with m. Each process embeds its part.
     """
 
     def embed(index):
@@ -144,7 +144,7 @@ def embed_all(embedder, split, index):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-LOG_EVERY = 20  # steps between two looks at the loss: each look waits for the device
+LOG_EVERY = 20  # steps between two readings of the loss: each one waits for the device
 
 
 def write(path, content):
@@ -195,7 +195,7 @@ def mean_loss(losses, split, step, epoch, args):
     first = step // LOG_EVERY * LOG_EVERY
     recent = losses[first : step + 1].tolist()
     for i, loss in enumerate(recent):
-        if loss - loss != 0:  # inf or nan
+        if not math.isfinite(loss):
             order, _ = split.plan(len(losses), args.batch_size, args.seed, epoch)
             samples = order[first + i].tolist()
             raise UserError(
@@ -238,12 +238,12 @@ def choose_device(number=0):
 
 
 def autocast(device, precision):
-    """bf16 for the encoder's matrix products on CUDA; what reads and writes fields, losses and distances stay in fp32."""
+    """bf16 for the encoder's matrix products on CUDA; losses, distances, and layers that read or write fields stay in fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
 
 
 def damage(path):
-    """What is wrong with a file of a run folder, in words; None if it is whole. Reads beginnings and ends, not the weights."""
+    """What is wrong with a file of a run folder, as text; None if it is complete. Reads headers, not the weights."""
     if not path.exists():
         return "is missing"
     try:
@@ -268,7 +268,7 @@ class Run:
         self.device, self.precision = choose_device(local)
         cuda = self.device.type == "cuda"
         if self.world > 1:
-            torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # of a download
+            torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # for downloads
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # only process 0 prints
         scale = ("full" if cuda else "tiny") if args.scale == "auto" else args.scale
@@ -282,9 +282,10 @@ class Run:
         seed_everything("initial weights", self.args.seed)
 
     def start(self, *splits):
-        """Make the run's folder, in -toy if one of `splits`, what it trains on, is; False if the run there is finished.
+        """Create the run's folder; its name ends in -toy if one of `splits` is toy data. Returns False if the run has finished.
 
-        Raises UserError if the folder holds another run, or this one without --resume, or a damaged one.
+        Args: splits: the data that it trains on, the target first.
+        Raises: UserError if the folder holds another run, a damaged run, or this run and --resume is not given.
         """
         args, origins, n = self.args, [split.origin for split in splits], len(splits[0])
         if args.batch_size > max(64, n):  # 64 is the largest published batch; small sets are repeated to fill one
@@ -296,7 +297,7 @@ class Run:
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         self.stage1_file = self.folder / "stage1.safetensors"
-        found = [False, None]  # the first process looks for all: others may see an older state of a network drive
+        found = [False, None]  # the first process checks for all: the others may see an older state of a network drive
         if self.rank == 0:
             try:
                 found[0] = self.finished_before(identity, splits)
@@ -324,10 +325,10 @@ class Run:
                 state = (
                     "a finished run: see result.json" if self.result_file.exists() else "a run already: continue with --resume"
                 )
-                raise UserError(f"{self.folder} holds {state}.\nOr choose another --out-dir, or remove the folder.")
+                raise UserError(f"{self.folder} holds {state}.\nOtherwise choose another --out-dir, or remove the folder.")
             before = json.loads((self.folder / "args.json").read_text())
             before.setdefault("checksums", identity["checksums"])  # runs of earlier versions have none
-            free = ("resume", "out_dir", "data_dir", "track")  # what may change without changing the result
+            free = ("resume", "out_dir", "data_dir", "track")  # options that do not change the result
             other = [
                 f"{k} was {before.get(k)!r}, now {v!r}"
                 for k, v in identity.items()
@@ -356,7 +357,7 @@ class Run:
         history = self.folder / "metrics.jsonl"
         files = [self.folder / "args.json", self.result_file, self.last, self.best_file, self.stage1_file, history]
         here = {file for file in files if file.exists()}
-        if here <= {self.folder / "args.json", self.best_file}:  # stopped in its first epoch, or not there
+        if here <= {self.folder / "args.json", self.best_file}:  # stopped in its first epoch, or never started
             return False
         needed = {self.folder / "args.json"}
         if self.result_file not in here:
@@ -384,11 +385,11 @@ class Run:
         return autocast(self.device, self.precision)
 
     def eager(self):
-        """Leaves --compile out, where batches of many sizes would be compiled again and again."""
+        """Turns --compile off, where batches of many sizes would be compiled again and again."""
         return torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
 
     def distribute(self, module):
-        """On the device, and gradients averaged over the processes if there are several.
+        """Move `module` to the device; with several processes, wrap it so that gradients are averaged over them.
 
         Parameters may go unused (PaRe's gate once k is 0), which DistributedDataParallel has to be told. Buffers are constants
         (window indices): they need not be sent before every step. (torch 2.14 warns that broadcast_buffers will be replaced by
@@ -402,7 +403,7 @@ class Run:
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def keep_stage1(self, rows, **modules):
-        """A method's first stage is over: keep its weights and its rows of numbers in one file."""
+        """Save the weights and metrics of a finished first stage to one file."""
         self.stage1 = rows
         if self.rank == 0:
             weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
@@ -410,7 +411,7 @@ class Run:
             self.write_history()
 
     def restore_stage1(self, **modules):
-        """Load what `keep_stage1` kept; False if there is nothing yet."""
+        """Load what `keep_stage1` saved; False if there is nothing yet."""
         if not self.stage1_file.exists():
             return False
         try:
@@ -421,9 +422,9 @@ class Run:
                 module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")})
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{self.stage1_file} is no first stage of this run ({reason(error)}).\nRemove the folder to start over."
+                f"{self.stage1_file} is not a first stage of this run ({reason(error)}).\nRemove the folder to start over."
             ) from error
-        print(f"resumed after stage 1, with its {len(self.stage1)} rows of numbers")
+        print(f"resumed after stage 1, with its {len(self.stage1)} rows of metrics")
         return True
 
     def no_sync_unless(self, step_follows, module):
@@ -472,19 +473,19 @@ class Run:
             )
             with safe_open(self.best_file, "pt") as best:
                 if json.loads((best.metadata() or {}).get("epoch", "0")) > len(self.history):
-                    self.best = math.inf  # killed between the two files: that epoch is repeated, and was the best
+                    self.best = math.inf  # killed before last.pt was written: the repeated epoch was the best
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
             advice = "Remove the folder to start over."
-            raise UserError(f"{self.last} is no checkpoint of this run ({reason(error)}).\n{advice}") from error
+            raise UserError(f"{self.last} is not a checkpoint of this run ({reason(error)}).\n{advice}") from error
         if self.rank == 0:
             self.write_history()  # a run killed right after its checkpoint lacks a line
         print(f"resumed after epoch {len(self.history)}")
         return len(self.history)
 
     def end_epoch(self, net, model, optimizer, schedule, row):
-        """Print and keep one line of metrics.jsonl; keep the best model by `val` and everything that is needed to go on.
+        """Print this epoch's metrics; save metrics.jsonl, the checkpoint for --resume and, if `val` is lower, the best model.
 
-        Raises UserError, and keeps nothing, when `val` is not finite.
+        Raises UserError, and saves nothing, if `val` is not finite.
         """
         epoch = len(self.history)
         if not math.isfinite(row["val"]):
@@ -571,7 +572,7 @@ class Run:
                 shown = replace(task, names=task.toy_names if loaded.train.origin == "toy" else task.names)
                 write(self.folder / "predictions.png", plots.predictions(title, shown, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
-            self.write_best(from_safetensors(self.best_file.read_bytes()), **about)  # not mapped: Windows replaces no such file
+            self.write_best(from_safetensors(self.best_file.read_bytes()), **about)  # Windows cannot replace a mapped file
             write(self.result_file, json.dumps(result, indent=1, allow_nan=False).encode())
             (self.folder / ".lock").unlink(missing_ok=True)
             if self.tracker:

@@ -1,7 +1,7 @@
 """Fields: the readers of darcy, psicov, cosmic and PDEBench, and simulated data for PDE tasks whose files are missing.
 
-A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the origin of the data, and the fields of Task
-that the files determine. Shapes: n samples, C channels, H W L sizes, m residues.
+A reader takes (data_dir, cache) and returns (x, y) of training, (x, y) of test, the origin of the data and, for some tasks,
+the fields of Task that the files determine. Shapes: n samples, C channels, H W L sizes, m residues.
 """
 
 import functools
@@ -49,8 +49,8 @@ def read_mat(path, name, every):
 def read_darcy(data_dir, cache):
     """Flow through a porous medium: coefficient a, x and y (n, 3, 85, 85) -> pressure (n, 85, 85), every fifth point of 421.
 
-    The coefficient is normalised pixel by pixel with the training set's mean and standard deviation (+ 1e-5); loss and metric
-    undo the same for the prediction, so y stays in its own units.
+    The coefficient is normalised pixel by pixel by mean and standard deviation (+ 1e-5) over the training set. Predictions are
+    normalised by those of the pressure; loss and metric undo this, so y stays in its own units.
     """
     splits = []
     for name, n in (("smooth1", 1000), ("smooth2", 100)):
@@ -69,7 +69,7 @@ def darcy_pairs(path, n):
 
 
 def darcy_fields(train, test):
-    """Raw fields (n, 85, 85) -> what `read_darcy` returns, but for the origin."""
+    """Raw fields (n, 85, 85) -> what `read_darcy` returns, except for the origin."""
     (a, u), (a_test, u_test) = train, test
     mean, std = a.mean(0), a.std(0, ddof=1) + 1e-5  # (85, 85)
     statistics = {"mean": mean, "std": std, "mean_y": u.mean(0), "std_y": u.std(0, ddof=1) + 1e-5}
@@ -100,8 +100,8 @@ PAD, SIDE, FAR = 5, 512, 16.0  # psicov: margin and side of the maps in residues
 def read_psicov(data_dir, cache):
     """Distances between the residues of a protein: 57 pair features (57, 512, 512) -> Angstrom (512, 512), read lazily.
 
-    Trained on DeepCov, tested on PSICOV. Distances are cut at 16 A, which is also the value outside of the protein; the score
-    looks at true distances up to 8 A only. A protein of more than 507 residues loses its end.
+    Trained on DeepCov, tested on PSICOV. Distances are clipped to 1..16 A, and are 16 A outside of the protein; the score uses
+    true distances up to 8 A only. Proteins of more than 507 residues are truncated.
     """
 
     def features(path):
@@ -160,7 +160,7 @@ GALAXIES = {
 
 
 def read_cosmic(data_dir, cache):
-    """Hits of cosmic rays in Hubble pictures: x (n, 1, 129, 128) raw counts, y (n, 128, 128) 1, 0, or NaN: does not count.
+    """Hits of cosmic rays in Hubble pictures: x (n, 1, 129, 128) raw counts, y (n, 128, 128) 1, 0, or NaN: ignored pixels.
 
     The middle 128 x 128 of each tile; row 128 holds the exposure's sky level, which `add_sky` uses.
     """
@@ -199,7 +199,7 @@ def add_sky(x, u):
 
 
 ADVECTION, BURGERS = "1D_Advection_Sols_beta0.4.hdf5", "1D_Burgers_Sols_Nu1.0.hdf5"
-GRIDS = {  # of PDEBench's files: the time between two snapshots, if there is time; the axes of space; the ends of each
+GRIDS = {  # PDEBench file -> time between two snapshots (None: no time), axes of space, ends of the domain
     ADVECTION: (0.01, "x", (0, 1)),
     BURGERS: (0.01, "x", (0, 1)),
     "ReacDiff_Nu0.5_Rho1.0.hdf5": (0.01, "x", (0, 1)),
@@ -215,8 +215,8 @@ CURRENT = "PDEBench's current file is at https://doi.org/10.18419/darus-2986."
 def check_grid(path, h5, snapshots):
     """Compare the coordinates in a PDEBench file with GRIDS: the times of these `snapshots`, and the ends of the domain.
 
-    A file without coordinates is read, and this is printed: copies of the official files often leave them out. The earlier
-    release of Burgers, which ORCA used, is read and printed, too. Raises UserError if coordinates contradict the task.
+    A note is printed for a file without coordinates (copies of the official files often lack them) and for the earlier release
+    of Burgers, which ORCA used; both are accepted. Raises UserError if coordinates contradict the task.
     """
     step, axes, ends = GRIDS[path.name]
     sample = next(iter(h5), "")  # the first, in a file of one group a sample
@@ -225,7 +225,7 @@ def check_grid(path, h5, snapshots):
     if missing := sorted(names.keys() - have.keys()):
         print(f"{path} has no {' and '.join(f'{axis}-coordinate' for axis in missing)}: its grid is not checked.")
     if "t" in have:
-        t = have.pop("t")  # in PDEBench's files there is one time more than there are snapshots
+        t = have.pop("t")  # files with one array per field have one time more than snapshots
         for i in snapshots:
             time = t[i] if i < len(t) else np.nan
             if not abs(time - i * step) < step / 10:
@@ -357,7 +357,7 @@ def simulate(name, finish, cache, scale, n_train, as_released, device, tokens=51
         name: of pde.SETS.
         finish: raw fields -> prepared ones and the fields of Task that they determine; the same as for the official files.
         tokens: 1D: the task's; the tiny scale cuts its shorter sequences into fewer.
-    Returns: as a task's `read`. A run that is killed meanwhile loses the set it was at.
+    Returns: as a task's `read`. A run that is killed meanwhile loses the set that it was solving.
     """
     from tqdm import tqdm
 

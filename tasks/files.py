@@ -111,7 +111,7 @@ DEPTH = 4  # levels that are searched for files: the data folder and three below
 
 
 def is_system_file(path):
-    """True for what an operating system leaves beside files, with their names: ._x.JPEG, .DS_Store, __MACOSX/x, .Trash/x."""
+    """True for files that operating systems add to a folder or an archive: ._x.JPEG, .DS_Store, __MACOSX/x, .Trash/x."""
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in Path(path).parts)
 
 
@@ -133,7 +133,7 @@ def present(download, data_dir):
 
 
 def size_said(headers, have=0):
-    """The size of the whole file that a server names, of which `have` bytes are here; 0 if it names none."""
+    """Size of the complete file according to the response headers, if `have` bytes are already here; 0 if unknown."""
     whole = headers.get("Content-Range", "").rpartition("/")[2]
     length = headers.get("Content-Length", "")
     return int(whole) if whole.isdecimal() else int(length) + have if length.isdecimal() else 0
@@ -204,7 +204,7 @@ def fetch(download, data_dir):
                     archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
                     archive.extractall(data_dir)
         except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a whole archive ({error}).\nRemove it and download it again.") from error
+            raise UserError(f"{path} is not a complete archive ({error}).\nRemove it and download it again.") from error
         path.unlink()
 
 
@@ -268,7 +268,7 @@ def of_files(read, paths):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Turn every error while a file is read into a UserError that names it: a damaged file can raise anything."""
+    """Turn errors while a file is read into a UserError that names it, except for those that are not the file's fault."""
     try:
         yield
     except (UserError, MemoryError, PermissionError, ImportError):  # not a fault of the file
@@ -318,16 +318,16 @@ def beside(path, name):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write bytes to, which takes the name `path` once it is whole: another process may be writing the same."""
+    """A temporary file to write bytes to, renamed to `path` once complete: another process may be writing the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # a renamed file is whole, also after a power cut
+            os.fsync(file.fileno())  # a renamed file is complete, even after a power failure
         part.replace(path)
-    except OSError as error:  # that of a full disk: numpy's has no number
+    except OSError as error:  # of a full disk: numpy's has no errno
         raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
@@ -348,7 +348,7 @@ def map_cached(path):
 
 
 def kept(cache, name, what, make):
-    """The two arrays of `make()`, cached as memory-mapped files: it takes long and runs once, after printing `what` it does."""
+    """The two arrays of `make()`, cached as memory-mapped files. `make` is slow, so it runs once; `what` it does is printed."""
     paths = [cache / f"{name}-{part}.npy" for part in ("x", "y")]
     if not all(path.exists() for path in paths):
         print(f"{what}, once; kept in {cache}")
@@ -493,7 +493,7 @@ def unpickle(path):
 
 
 def npy_header(file):
-    """(shape, is it Fortran's order, dtype) of the .npy content that begins here; the file is left where the data begin."""
+    """(shape, Fortran order, dtype) from the header of an open .npy file; the file is left at the start of the data."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     return readers[np.lib.format.read_magic(file)](file)
 

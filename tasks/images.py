@@ -102,7 +102,7 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
             try:
                 archive = zipfile.ZipFile(path)
             except zipfile.BadZipFile as error:
-                raise UserError(f"{path} is not a whole zip file ({error}).\nRemove it and download it again.") from error
+                raise UserError(f"{path} is not a complete zip file ({error}).\nRemove it and download it again.") from error
             for name in archive.namelist():
                 open_file[name.removeprefix("tiny-imagenet-200/")] = lambda mode, a=archive, name=name: a.open(name)
 
@@ -137,7 +137,7 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
     return x.transpose(0, 3, 1, 2), y
 
 
-BORDER = 255  # in a mask of VOC: pixels that count for nothing
+BORDER = 255  # in a mask of VOC: ignored pixels
 
 
 def voc_colour(k):
@@ -266,7 +266,7 @@ def read_spherical(data_dir, cache):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation: functions of a batch and of uniform draws, the same on every device and for any number of processes.
-# Without draws (validation, test) they only do what every sample needs
+# Without draws (validation, test), only what every sample needs is done
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +288,7 @@ def crop_and_flip(x, u, padding=4):
 
 
 def resized_crop_and_flip(x, u, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """A box of random area and aspect ratio, enlarged to the whole image, and horizontal flip (Inception's crop)."""
+    """Inception's crop: a random box, resized to the whole image, and horizontal flip. x (B, C, H, W), u (B, 5) or None"""
     import torch
     import torch.nn.functional as F
 

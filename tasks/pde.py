@@ -3,7 +3,7 @@
     python tasks/pde.py --task all --samples 100        solve 100 samples of each dataset and print the time
 
 A simulated dataset is fixed like a downloaded file: its random seeds do not depend on the seed of the run, so all runs use the
-same samples. A smaller set (`--n-train`) is no part of a larger one; below 180 training samples the test set is another, too.
+same samples. A smaller set (`--n-train`) is not a subset of a larger one; below 180 training samples the test set differs, too.
 Random numbers are drawn on the CPU, whatever the device.
 
     advection1d           exact: the translated initial function
@@ -267,7 +267,7 @@ def darcy(a, force, tolerance=1e-7):
     def precondition(r):
         return basis.T @ (inverse * (basis @ r @ basis.T)) @ basis
 
-    def dot(v, w):  # never 0: samples that have converged wait for the others
+    def dot(v, w):  # clamped: a sample that has converged must not divide by 0 while others continue
         return (v * w).sum((1, 2), keepdim=True).clamp(min=1e-300)
 
     u, r = torch.zeros_like(a), force * torch.ones_like(a)

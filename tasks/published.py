@@ -45,7 +45,7 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
     sgd    lr (sum g + wd w) = (accumulate lr) (mean g + wd / accumulate w): the same step with these values
     adam   invariant to the scale of the gradient, but weight decay is added to the gradient: wd / accumulate
     adamw  invariant to the scale of the gradient, weight decay is decoupled: no change
-           (both but for eps = 1e-8, which counts more where gradients are as small as that)
+           (except that eps = 1e-8 matters more where gradients are that small)
     clip   clipping the sum to clip is clipping the mean to clip / accumulate
     """
     lr = accumulate * lr if optimizer == "sgd" else lr
@@ -55,7 +55,7 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
 
 
 def both(orca, **pare):
-    """Recipes of ORCA (the other methods share it) and of the methods that mix, PaRe and contrast: `pare` are what differs."""
+    """Recipes of ORCA (the other methods use it, too) and of PaRe and contrast, which mix: `pare` overrides ORCA's values."""
     return {"orca": orca, "pare": replace(orca, **pare), "contrast": replace(orca, **pare)}
 
 

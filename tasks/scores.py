@@ -130,7 +130,7 @@ def auroc_error(out, y):
 
 
 def label_auroc_error(out, y):
-    """1 - mean over the labels, those that are neither always nor never there, of the area under the ROC curve. (n, K) both"""
+    """1 - mean area under the ROC curve, over the labels neither always nor never present; 0.5 without any. out, y (n, K)"""
     from sklearn.metrics import roc_auc_score
 
     both = [k for k in range(y.shape[1]) if 0 < y[:, k].sum() < len(y)]
@@ -140,7 +140,7 @@ def label_auroc_error(out, y):
 def clip_map_error(out, y):
     """1 - mean over the labels that occur of the average precision. out (n, K) logits, y (n, K) 0 or 1.
 
-    If y has a column more, it is the number of the clip that a chunk is cut from: logits are averaged over its chunks first.
+    A further column of y is the number of the clip that a chunk is cut from: logits are averaged over its chunks first.
     """
     from sklearn.metrics import average_precision_score
 
@@ -165,7 +165,7 @@ def balanced_error(out, y):
 
 
 def protein_mae(out, y):
-    """MAE_8 in Angstrom: mean |y - P| over pairs 24 or more residues apart, truly at most 8 A, then over proteins.
+    """MAE_8 in Angstrom: mean |y - P| over pairs at least 24 residues apart with y at most 8 A, then over proteins.
 
     P = (out + out^T) / 2, at least 0.01; upper triangle; proteins without such a pair are left out. out, y (n, 512, 512)
     """

@@ -50,7 +50,7 @@ ECG_NAMES = ("normal rhythm", "atrial fibrillation", "other rhythm", "noise")  #
 def read_ecg(data_dir, cache):
     """Windows of 1000 samples (3.3 s at 300 Hz) of electrocardiograms, x (n, 1, 1000), cut closer where the class is rare.
 
-    A record is scaled to mean 0 and standard deviation 1. Its windows stay on one side: a tenth of the records, those of
+    A record is scaled to mean 0 and standard deviation 1. All its windows are in one split: a tenth of the records, those of
     `train_test_split(random_state=0)`, is the test set, and validation is held out by records, too.
     """
     from sklearn.model_selection import train_test_split
@@ -139,7 +139,7 @@ def a_second(sound, start=0):
 
 
 def fsd50k_numbers(data_dir):
-    """The number of each of the 200 labels by its name, {str: int}, and the file that says so."""
+    """The number of each of the 200 labels by its name, {str: int}, and the path of the file."""
     with reading(path := beside(locate(data_dir, "chunks/tr.csv"), "lbl_map.json"), "json file"):
         number = {name: int(i) for name, i in json.loads(read_text(path)).items()}
     if sorted(number.values()) != list(range(200)):
@@ -156,8 +156,8 @@ def fsd50k_names(data_dir):
 def read_fsd50k(data_dir, cache):
     """Seconds of sound, read lazily, x (n, 2, 22050): the chunk, and the noise to mix in; y (n, 200) the labels of the clip.
 
-    A training sample is a clip: each time another of its chunks is drawn (official: one, chosen once), the middle one for
-    validation. A test sample is a chunk; its y has a last column, the number of its clip: the score averages over a clip.
+    A training sample is a clip: each access draws one of its chunks (official: one, chosen once); validation takes the middle
+    one. A test sample is a chunk; its y has a last column, the number of its clip: the score averages over a clip.
     """
     table = locate(data_dir, "chunks/tr.csv")
     number, label_file = fsd50k_numbers(data_dir)
@@ -169,7 +169,7 @@ def read_fsd50k(data_dir, cache):
             content = read_text(path)
             rows = [(row["files"], row["labels"], row["ext"]) for row in csv.DictReader(io.StringIO(content))]
             if not content.endswith("\n") or not all(map(all, rows)):
-                raise ValueError("its last line has no end, or a line lacks an entry: cut short?")
+                raise ValueError("the last line is incomplete, or a line has an empty field: is the file truncated?")
             tail = rows[0][0][4:].lstrip("/")  # the first four characters stand for the folder, which is searched for
         roots = [root for root in list(path.parents)[:4] if (root / tail).exists()]
         if not roots:

@@ -191,8 +191,8 @@ def read_table(number, data_dir):
     Left out are rows without a label or with an infinite number, and columns that OpenML marks as row identifier or to be
     ignored, text, dates, columns without values, and categorical columns that only identify a row: no value occurs twice.
 
-    Raises Missing, or UserError if a file is damaged, it is no classification table, one-hot it would be too large, or no
-    column remains.
+    Raises Missing, or UserError if a file is damaged, is not a classification table, would be too large one-hot, or has no
+    column that remains.
     """
     form, columns, path = open_table(number, data_dir)
     if form != "arff":
@@ -270,7 +270,7 @@ def check_any(number, columns):
 
 
 def are_words(categories):
-    """Do they differ in more than their digits, and are they longer than two letters? 1, 2, ... and class_0, class_1 do not."""
+    """Whether the names differ in their letters and each has three or more: 1, 2, ... and class_0, class_1 are not words."""
     letters = {re.sub("[^a-z]", "", str(name).lower()) for name in categories}
     return len(letters) == len(categories) and min(map(len, letters)) > 2
 
@@ -362,6 +362,6 @@ def of_training_rows(statistics):
                 f"{where}: sample {beyond.argmax()} lacks a category, or has one that no row of the table had.\n"
                 f"Wrong in {beyond.sum():,} of {len(x):,} samples: correct them, or leave these samples out."
             )
-        return x[:, :channels]  # (n, C, F)
+        return x[:, :channels]  # (n, C, F); without categories (n, F, 1)
 
     return {"loss": functools.partial(cross_entropy, weights=tuple(weights)), "prepare": prepare}

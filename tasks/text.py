@@ -10,13 +10,13 @@ import numpy as np
 from cli import Missing, UserError
 from tasks.files import drawn, locate, read_text, reading
 
-WORDS = 32  # in a piece of text; as many tokens of it are read
+WORDS = 32  # words in a piece of text, and tokens of it that a model reads
 
 
 def read_conll(data_dir, n, seed, tokenizer, files, relative=False):
     """Text in pieces of 32 words, [[str]], and the label of each (n,): the type that most of its words have, 0 if none.
 
-    A model reads 32 tokens, which are fewer words: only those that are read to their end count for the label. Columns: the word
+    A model reads 32 tokens, which are fewer words: only words that it reads completely count for the label. Columns: the word
     first, its tag last (B-PER, I-PER, O); empty lines separate sentences. Types of fewer than 100 chunks count as none.
     `relative`: the type that is most frequent relative to its share of the whole text, since in CoNLL-2000 noun phrases are the
     majority of 99 % of the pieces.
@@ -39,15 +39,15 @@ def read_conll(data_dir, n, seed, tokenizer, files, relative=False):
     lines = [line for line in lines if len(line) > 1 and line[0] != "-DOCSTART-"]
     tags = [line[-1].partition("-")[2] for line in lines]  # "B-PER" -> "PER", "O" -> ""
     begins = [line[-1].startswith("B-") or tag != before for line, tag, before in zip(lines, tags, ["", *tags], strict=False)]
-    count = Counter(tag for tag, new in zip(tags, begins, strict=True) if new and tag)  # eng.train has B- only inside runs
-    types = sorted(tag for tag in count if tag and count[tag] >= 100)
+    count = Counter(tag for tag, new in zip(tags, begins, strict=True) if new and tag)  # eng.train: B- only between like chunks
+    types = sorted(tag for tag in count if count[tag] >= 100)
     if len(lines) < WORDS or not types:
         raise UserError(f"{path}: {len(lines)} words with the tags {sorted(count)}; expected words with B- and I- tags, or O.")
     tokens = functools.cache(lambda word: len(tokenizer([word])))
     pieces, labels = [], []
     for i in WORDS * drawn(len(lines) // WORDS, n, seed):
         pieces.append([line[0] for line in lines[i : i + WORDS]])
-        ends = itertools.accumulate(map(tokens, pieces[-1]))  # the token after each word
+        ends = itertools.accumulate(map(tokens, pieces[-1]))  # number of tokens up to the end of each word
         here = Counter(tag for tag, end in zip(tags[i : i + WORDS], ends, strict=True) if tag in types and end <= WORDS)
         best = max(here, key=lambda tag: (here[tag] / (count[tag] if relative else 1), tag)) if here else None
         labels.append(types.index(best) + 1 if here else 0)

@@ -1,6 +1,6 @@
 """The tests need no network, no GPU and no data: everything runs on toy images and on small files made here.
 
-The process that starts the workers reads this file, too: what takes seconds to import waits, in helpers.py.
+The process that starts the workers reads this file, too: imports that take seconds are in helpers.py.
 """
 
 import io
@@ -24,14 +24,14 @@ SLOWEST = "run_processes reproduce run matrix mona wiring fuzz recraft contrast 
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that none is left when the others are done."""
+    """Slow files come first, so that no worker is left with a slow one at the end."""
     place = {f"test_{name}": i for i, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: a file stays in its order
 
 
 @pytest.fixture(autouse=True)
 def same_files():
-    """The small official files of a test are the same in whatever order the tests run."""
+    """Reset the random numbers of official.py: its files do not depend on the order of the tests."""
     import helpers  # noqa: F401  short runs, in every test
     import numpy as np
     import official

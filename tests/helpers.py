@@ -1,4 +1,4 @@
-"""What the tests share beside the fixtures of conftest.py, and what they change so that a run takes a second."""
+"""What the tests share besides the fixtures of conftest.py, and what they change so that a run takes a second."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ for name in DRAWN:  # drawing takes a third of a short run; test_plots.py tests 
 
 
 def here(name, *command, out):
-    """The same without the command line: `main` is called, and a UserError is raised."""
+    """Like the fixture `script`, but without the command line: calls `main`, so that a UserError is raised, not printed."""
     module = importlib.import_module(name.removesuffix(".py"))
     options = [*map(str, command), "--data-dir", str(out / "none"), "--out-dir", str(out)]
     return module.main(tyro.cli(module.Args, args=options))

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def full(task, folder, **options):
-    """All of a task as it is at full scale; the samples of training and validation together, in the order of the files."""
+    """Load a task at full scale from the files in `folder`, split into training, validation and test."""
     return data.load(task, folder, folder / "cache", "full", **options)
 
 
@@ -202,7 +202,7 @@ def write_cosmic(folder, planes=3):
     return tiles
 
 
-# Every value of these files is 1000 sample + snapshot, + 0.5 in the second channel or field and so on.
+# Values: 1000 sample + snapshot + 0.25 field + point / 8192 (SINGLE); 1000 sample + snapshot + 0.5 channel (MULT).
 SINGLE = {  # task: arrays (samples, snapshots, space), the snapshot of the target, points kept
     "advection1d": (["tensor"], (201, 1024), 200, 256),
     "burgers1d": (["tensor"], (201, 1024), 200, 1024),

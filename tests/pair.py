@@ -78,7 +78,7 @@ class Numbers(list):
     in_order = lambda self, parts: ((torch.tensor(self)[index], -torch.tensor(self)[index]) for index in parts)
 
 
-class NotOfNothing(torch.nn.Identity):
+class RefusesEmptyBatches(torch.nn.Identity):
     """Fails on an empty batch, as transformers do."""
 
     def forward(self, x):
@@ -94,7 +94,7 @@ def answers():
     this = SimpleNamespace(rank=rank, world=world, args=args, device="cpu", autocast=nothing, eager=nothing)
     found = []
     for n in (7, 1):
-        run.Run.evaluate(this, NotOfNothing(), Numbers(range(n)), SimpleNamespace(score=lambda out, y: 0.0))
+        run.Run.evaluate(this, RefusesEmptyBatches(), Numbers(range(n)), SimpleNamespace(score=lambda out, y: 0.0))
         found += map(torch.from_numpy, this.answers)
     return found
 
@@ -119,7 +119,7 @@ def main(folder, sums=False):
         torch.save([shared_sums(), meta_gradients(), alignments(), answers()], folder / f"{os.environ['RANK']}.pt")
         torch.distributed.destroy_process_group()
     for i, (script, *options) in enumerate(commands):
-        # processes that meet again need another place for it than torchrun's own
+        # each new process group needs a port of its own, and a store other than torchrun's
         os.environ |= {"MASTER_PORT": str(port + 1 + i), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         sys.argv = [script, *options]
         runpy.run_path(str(ROOT / script), run_name="__main__")

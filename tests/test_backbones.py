@@ -40,7 +40,7 @@ def test_swin_base_has_the_papers_shapes():
     assert common.ClassPredictor(1024, 100)(features).shape == (1, 100)
 
 
-def test_source_embedder_is_frozen_and_the_weights_are_small(swin):
+def test_source_embedder_is_frozen_and_the_weight_file_is_small(swin):
     assert not any(p.requires_grad for p in swin.embedder.parameters())
     assert all(p.requires_grad for p in swin.encoder.parameters())
     assert (backbones.WEIGHTS / "tiny-swin.safetensors").stat().st_size <= 4e6
@@ -55,7 +55,7 @@ def test_mistaken_backbones_are_named(tmp_path):
     with pytest.raises(cli.UserError, match="there is no file"):
         common.load_source(str(tmp_path / "none.safetensors"))
     (tmp_path / "half.safetensors").write_bytes((backbones.WEIGHTS / "tiny-swin.safetensors").read_bytes()[:1000])
-    with pytest.raises(cli.UserError, match="not a whole safetensors file"):
+    with pytest.raises(cli.UserError, match="not a complete safetensors file"):
         common.load_source(str(tmp_path / "half.safetensors"))
     (tmp_path / "other.safetensors").write_bytes(to_safetensors({"a": torch.zeros(1)}))
     with pytest.raises(cli.UserError, match="does not say its architecture"):
@@ -164,7 +164,7 @@ def test_words_become_ids_without_special_tokens(roberta):
     assert torch.equal(padded[:, : len(ids)], alone)
 
 
-def test_source_parts_are_frozen_and_free(roberta):
+def test_the_source_embedder_is_frozen_and_the_encoder_trains_without_dropout_and_positions(roberta):
     assert not any(p.requires_grad for p in roberta.embedder.parameters())
     assert all(p.requires_grad for p in roberta.encoder.parameters())
     assert roberta.encoder.layers.config._attn_implementation == "sdpa"
@@ -174,7 +174,7 @@ def test_source_parts_are_frozen_and_free(roberta):
     assert torch.allclose(roberta.encoder(moved).mean(1), roberta.encoder(tokens).mean(1), atol=1e-5)
 
 
-def test_random_weights_and_scratch(roberta):
+def test_random_and_scratch_backbones_have_the_same_names_and_other_weights(roberta):
     scratch, again = common.load_source("tiny-roberta", pretrained=False), common.load_source("random:tiny-roberta")
     for source in (scratch, again):
         names = dict(source.encoder.named_parameters())

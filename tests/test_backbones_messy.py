@@ -1,4 +1,4 @@
-"""Backbones that are damaged, incomplete or unusual: they work, or cost two lines, and are never trained as "pretrained"."""
+"""Backbones that are damaged, incomplete or unusual: they work or are refused in two lines, never trained as "pretrained"."""
 
 import json
 

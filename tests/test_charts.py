@@ -197,8 +197,8 @@ def test_mistakes_are_told(use, results, runs, tmp_path):
     two = results("two.csv", ("a", "naive", 0, 0.5, 1000, 99))
     (tmp_path / "text.csv").write_text("no,results\n1,2\n")
     for what, words, message in (
-        ("sizes", [], "needs 1 or more of results.csv"),
-        ("sizes", [one], "no method has runs at two places"),
+        ("sizes", [], "takes 1 or more results.csv"),
+        ("sizes", [one], "no method has runs at more than one x"),
         ("sizes", [one, one], "a naive, seeds 0, 0, cannot be averaged: they have a seed twice"),
         ("sizes", [one, results("lr.csv", ("a", "naive", 1, 0.1, 100, 9), lr=1)], "seeds 0, 1, .* differ in lr"),
         ("sizes", [one, two, "--methods", "naive", "orka"], "no runs of orka"),
@@ -215,7 +215,7 @@ def test_mistakes_are_told(use, results, runs, tmp_path):
             use(what, *words)
 
 
-def test_the_command_line(script, results, tmp_path):
+def test_the_command_line_writes_the_chart_to_out(script, results, tmp_path):
     rows = [("a", "naive", 0, 0.5, n, 9) for n in (100, 1000)]
     script("tools/charts.py", "sizes", results("all.csv", *rows), out=tmp_path, option="--out")
     assert (tmp_path / "sizes.png").exists()

@@ -1,4 +1,4 @@
-"""Mistakes on the command line cost two lines and exit code 2."""
+"""Mistakes on the command line print at most two lines and exit with code 2."""
 
 import errno
 import importlib

@@ -294,9 +294,8 @@ def test_scores_leave_the_model_as_it_was():
     assert all(module.training for module in encoder.modules())
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not any(module._forward_pre_hooks for module in encoder.modules())
-    encoder.attentions = None
     with pytest.raises(RuntimeError):  # hooks are removed if the model fails
-        common.SwinEncoder.attentions(encoder, tokens[:, :, :5])
+        encoder.attentions(tokens[:, :, :5])
     assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 
@@ -314,7 +313,7 @@ def test_weights_cast_for_scores_do_not_take_part_in_training():
 def test_a_backbone_without_attention_scores_is_refused_before_stage_1(tmp_path, monkeypatch):
     save_swin(tmp_path, "swinv2_tiny_window8_256", patch_size=2)
     monkeypatch.setattr(contrast, "learn_embedder", None)
-    with pytest.raises(cli.UserError, match="no attention scores.\nTake --scores gate or random"):
+    with pytest.raises(cli.UserError, match="not available for this backbone.\nUse --scores gate or random"):
         here("contrast", *SHORT, "--backbone", tmp_path, out=tmp_path / "runs")
 
 
@@ -323,7 +322,7 @@ def test_a_table_of_one_token_has_scores_that_do_not_vary(tmp_path, capsys):
     assert "scores vary by 0% of their mean (target)" in capsys.readouterr().out
 
 
-def test_tokens_with_equal_roles_get_equal_scores():
+def test_scores_follow_a_permutation_of_the_tokens():
     """Equivariance: without positions, permuting the tokens of a text permutes their scores."""
     encoder = common.load_source("tiny-roberta").encoder
     tokens, order = torch.randn(1, 12, 128), torch.randperm(12)
@@ -361,7 +360,7 @@ def test_stage_1_takes_the_steps_of_the_sheet(contrast_run):
     encoder.load_state_dict({k: v for k, v in seen.pretrained.items() if k in encoder.state_dict()})
     encoder.eval()
     plans = seen.plans[id(train)]
-    fixed = torch.randperm(31, generator=torch.Generator().manual_seed(contrast.cli.stream("measured", 0)))
+    fixed = torch.randperm(31, generator=torch.Generator().manual_seed(cli.stream("measured", 0)))
     x = wiring.images(train, "cifar100", fixed)
     mean, std = x.mean((0, 2, 3))[:, None, None], x.transpose(0, 1).flatten(1).std(1)[:, None, None]
     velocity, parameters = {}, dict(embedder.named_parameters())
@@ -390,7 +389,7 @@ def test_stage_1_takes_the_steps_of_the_sheet(contrast_run):
     assert moved > 1e-3
     lines = [row for row in rows(seen.folder) if row.get("stage")]
     z = wiring.encode(encoder, wiring.embed_target(embedder, wiring.images(train, "cifar100", fixed))).mean(1)
-    torch.manual_seed(contrast.cli.stream("measured", 0))
+    torch.manual_seed(cli.stream("measured", 0))
     assert lines[-1]["contrast"] == pytest.approx(loss_of(fixed[:12]).item(), rel=1e-3)
     cosine, y = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T, train.y[fixed]
     pairs = [(i, j) for i in range(31) for j in range(31) if i != j]

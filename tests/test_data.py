@@ -1,4 +1,4 @@
-"""The door to the data: training, validation and test split, batches, what is missing, the table, downloads."""
+"""data.py: splits, batches, missing files, the table of tasks, downloads."""
 
 import dataclasses
 import io
@@ -45,7 +45,7 @@ def test_a_test_file_that_is_missing_is_not_called_present(tmp_path):
         data.load("cifar100", tmp_path, tmp_path, "full")
 
 
-def test_missing_files_are_an_error_at_full_scale_and_toys_aloud_at_tiny(tmp_path, capsys):
+def test_missing_files_are_an_error_at_full_scale_and_replaced_by_toy_data_at_tiny(tmp_path, capsys):
     with pytest.raises(cli.Missing, match=r"spherical: no train in .*\n`python data.py --prepare spherical"):
         data.load("spherical", tmp_path, tmp_path, "full")
     with pytest.raises(cli.Missing, match="tiny_imagenet"):
@@ -80,7 +80,7 @@ def test_targets_without_classes_are_clustered(lazy):
     assert torch.equal(found, data.class_labels(split))
 
 
-def test_unknown_tables_and_tasks():
+def test_unknown_tasks_are_refused_with_the_nearest_name():
     assert data.find_task("openml12345").name == "openml12345"
     with pytest.raises(cli.UserError, match="perhaps openml<ID>"):
         data.find_task("openml")

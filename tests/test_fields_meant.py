@@ -1,4 +1,4 @@
-"""Fields: what the files say of themselves (coordinates, names, counts) is what the task means, or it is said or refused."""
+"""Fields: coordinates, names and counts in a file match the task; otherwise a note is printed or the file is refused."""
 
 import h5py
 import numpy as np

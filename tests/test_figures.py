@@ -175,8 +175,8 @@ def test_the_other_pictures_can_be_drawn(use, runs, monkeypatch, capsys):
 def test_mistakes_are_told(use, runs, tmp_path):
     for what, words, message in (
         ("path", [runs / NAIVE], "is a run of naive; path needs one of pare"),
-        ("path", [], "needs 1 of the folders of finished runs; 0 given"),
-        ("landscape", [runs / NAIVE], "needs 2 of the folders of finished runs; 1 given"),
+        ("path", [], "takes 1 folder.s. of finished runs; 0 given"),
+        ("landscape", [runs / NAIVE], "takes 2 folder.s. of finished runs; 1 given"),
         ("forgetting", [runs / PARE], "differ in their task"),
     ):
         with pytest.raises(cli.UserError, match=message):
@@ -194,7 +194,7 @@ def test_a_run_is_not_rebuilt_on_other_data(use, runs, tmp_path):
     for name in ("result.json", "last.pt"):
         (other / name).symlink_to(runs / PARE / name)
     (other / "args.json").write_text((runs / PARE / "args.json").read_text().replace('"toy"', '"official"'))
-    with pytest.raises(cli.UserError, match="saw official data"):
+    with pytest.raises(cli.UserError, match="was trained on official data"):
         use("embeddings", other)
 
 

@@ -46,7 +46,7 @@ def test_arrays_of_every_pickle_protocol_pass():
 # ---- downloads
 
 
-def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server):
+def test_an_interrupted_download_is_resumed(tmp_path, server):
     server.content, server.cut = RNG.bytes(300_000), 100_000
     download = files.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
     with pytest.raises(cli.UserError, match="stopped after 100,000 of 300,000"):
@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_no_part_of_an_array(tmp_path, capsys):
     part.symlink_to("/dev/full")
     with pytest.raises(SystemExit, match="2"):
         cli.guarded(files.save_array, path, np.zeros(10**5))
-    assert "no space left, writing" in capsys.readouterr().err and not list(path.parent.iterdir())
+    assert "no space left to write" in capsys.readouterr().err and not list(path.parent.iterdir())
     files.save_array(path, np.arange(3))
     assert np.load(path).tolist() == [0, 1, 2] and list(path.parent.iterdir()) == [path]
 
@@ -131,7 +131,7 @@ def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
     data.prepare("conll2000", tmp_path)
     assert (tmp_path / "conll2000/train.txt").read_text() == "w NN O"
     (tmp_path / "protein.zip").write_bytes(b"half a zip")
-    with pytest.raises(cli.UserError, match="protein.zip is not a whole archive"):
+    with pytest.raises(cli.UserError, match="protein.zip is not a complete archive"):
         files.fetch(files.DOWNLOADS["protein"], tmp_path)
 
 

@@ -204,7 +204,7 @@ def test_nan_marks_ignored_pixels_only_for_the_mask_loss(monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(data.PROXIES))
-def test_sources_pass_the_gate(monkeypatch, tmp_path, name):
+def test_wrong_targets_of_a_source_are_refused(monkeypatch, tmp_path, name):
     x, y, *count = data.PROXIES[name].toy(30, seed=0)
     word = lambda words: [3]
     word.pad = 0

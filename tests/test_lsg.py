@@ -187,7 +187,7 @@ def test_equal_names_have_equal_vectors():
     assert torch.allclose(p[0], p[1], atol=1e-6) and torch.allclose(p[2], F.normalize(t[2 * P : 3 * P].mean(0), dim=0))
 
 
-def test_the_vectors_without_language_know_no_class_from_another():
+def test_random_and_simplex_prototypes_treat_all_classes_alike():
     for kind, cosine in (("random", 0), ("simplex", -1 / (K - 1))):
         p = lsg.class_vectors(kind, None, K, 0)
         wanted = torch.full((K, K), float(cosine)).fill_diagonal_(1)

@@ -1,4 +1,4 @@
-"""Every method on every task, end to end on toy data; by default each task meets one method, `-m matrix` runs all pairs."""
+"""Every method on every task, end to end on toy or simulated data: all pairs with -m matrix, by default those of USUAL."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from run import load
 
 TASKS = [*data.TASKS, "openml1510"]
 LARGE = ("psicov", "deepsea", "fsd50k")
-# by default each task has one method, and each method a field, too, if it can predict one; test_lsg.py has LSG
+# run by default: tasks with one method each, and every method but LSG (test_lsg.py) at least once
 USUAL = {
     "cifar100": "pare", "spherical": "orca", "darcy": "pare", "cosmic": "contrast", "ninapro": "contrast", "fsd50k": "finetune",
     "ecg": "pare", "satellite": "recraft", "deepsea": "finetune", "advection1d": "recraft", "navier_stokes1d": "mona",

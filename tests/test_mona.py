@@ -188,7 +188,7 @@ def test_both_ways_to_the_gradient_take_the_same_path(tmp_path):
     assert (ends[0].project.weight - ends[1].project.weight).norm() < 0.01 * moved
 
 
-def test_a_source_without_influence_is_said(tmp_path, capsys):
+def test_a_warning_is_printed_if_the_source_has_no_influence(tmp_path, capsys):
     stage_1(tmp_path, inner_lr=1e-6)
     assert "Raise --inner-lr or --lambda" in capsys.readouterr().out
 
@@ -201,7 +201,7 @@ def test_a_compiled_encoder_has_no_exact_gradient_and_says_so(script, tmp_path):
     assert "Leave one of them out" in error and "Traceback" not in error
 
 
-def test_mona_as_a_user_runs_it(script, tmp_path):
+def test_mona_learns_logs_both_stages_and_resumes_after_stage_1(script, tmp_path):
     options = [*SHORT[:-1], 2, "--meta-epochs", 2, "--lambda", 0.5, "--n-train", 96]
     said = script("mona.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-mona-tiny-swin-s0-toy"

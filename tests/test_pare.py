@@ -43,16 +43,6 @@ def test_replacement_equals_a_plain_loop(N, N_s, k):
     assert torch.equal(mixed, torch.stack(expected))
 
 
-def test_exactly_k_tokens_come_from_the_source_and_the_kept_ones_are_the_best():
-    B, N, k = 4, 50, 18
-    tokens_t, tokens_s = torch.zeros(B, N, 1), torch.ones(B, N, 1)
-    scores_t = scores(B, N)
-    from_source = pare.replace_patches(tokens_t, tokens_s, scores_t, scores(B, N, seed=1), k)[..., 0].bool()
-    assert from_source.sum(1).tolist() == [k] * B
-    for b in range(B):
-        assert scores_t[b][from_source[b]].max() < scores_t[b][~from_source[b]].min()
-
-
 def test_ties_still_replace_exactly_k():
     mixed = pare.replace_patches(
         torch.zeros(2, 10, 1), torch.ones(2, 10, 1), torch.full((2, 10), 0.5), torch.full((2, 10), 0.5), 4
@@ -229,4 +219,3 @@ def test_fields_and_masks_share_one_predictor(tmp_path, monkeypatch, method, sou
     with pytest.raises(KeyboardInterrupt) as stopped:
         here(method, *options, *(["--contrast-epochs", 0] if method == "contrast" else []), out=tmp_path)
     assert stopped.value.args == (same,)
-

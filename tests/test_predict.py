@@ -1,4 +1,4 @@
-"""A finished run answers for new samples: as it was tested, without its data and its backbone; mistakes cost two lines.
+"""A finished run answers for new samples: as it was tested, without its data and its backbone; mistakes print two lines.
 
 test_matrix.py does the same for every task and method on toy data and simulated fields.
 """
@@ -258,6 +258,6 @@ def test_answers_take_the_place_of_nothing_else(script, finished, tmp_path):
     before = (tmp_path / "x.npy").read_bytes()
     for out in (tmp_path / "x.npy", tmp_path):
         error = script("predict.py", finished[0], tmp_path / "x.npy", out=out, option="-o", code=2)
-        assert "would take the place of" in error and (tmp_path / "x.npy").read_bytes() == before
+        assert "is a folder, or the input file" in error and (tmp_path / "x.npy").read_bytes() == before
     error = script("predict.py", finished[0], tmp_path / "y.npy", out=tmp_path / "answers.npy", option="-o", code=2)
     assert "y.npy cannot be read: No such file" in error and len(error.splitlines()) == 1

@@ -45,7 +45,7 @@ def stop_at(patch, call):
 
 
 @pytest.mark.matrix
-def test_pretraining_images_goes_on_after_a_stop(pictures, tmp_path, monkeypatch):
+def test_pretraining_images_resumes_after_an_interruption(pictures, tmp_path, monkeypatch):
     options = dict(data_dir=str(pictures), size=16, window=2, width=32, depths=(1, 1), epochs=3, batch_size=200, compile=False)
     pretrain.images(pretrain.Images(out=str(tmp_path / "whole"), **options))
     parted = pretrain.Images(out=str(tmp_path / "parted"), **options)
@@ -112,7 +112,7 @@ def test_pretraining_text_learns_and_writes_a_backbone_and_its_card(script, corp
     assert source.encoder(source.embedder(torch.tensor([source.tokenizer(["apple", "falls"])]))).shape == (1, 2, 16)
 
 
-def test_pretraining_text_goes_on_after_a_stop(corpus, tmp_path, monkeypatch):
+def test_pretraining_text_resumes_after_an_interruption(corpus, tmp_path, monkeypatch):
     """A run stopped between two checkpoints and started again ends with the weights of a run in one go."""
     options = dict(data_dir=str(corpus), vocabulary=300, width=16, layers=1, heads=2, length=16, batch_size=4, steps=20,
                    save_every=10, compile=False)  # fmt: skip

@@ -38,7 +38,7 @@ def test_recipes_name_a_source_of_their_modality():
                 assert method == "orca" or args.k_begin > 0
     args = data.complete(pare.Args(task="psicov"), "pare", "tiny")
     assert (args.batch_size, args.accumulate) == (4, 8)  # 32 samples would be 1.9 GB
-    with pytest.raises(cli.UserError, match=r"--source conll2003 does not go with cifar100.\nTake cifar10 or tiny_imagenet"):
+    with pytest.raises(cli.UserError, match=r"conll2003 has another modality than cifar100.\nUse cifar10 or tiny_imagenet"):
         data.complete(pare.Args(task="cifar100", source="conll2003"), "pare", "tiny")
 
 

@@ -29,7 +29,7 @@ def random_predictions(seed, n=60, k_s=5, k_t=4):
 
 
 @pytest.mark.parametrize("k_t, k_s", [(6, 6), (6, 3), (3, 6)])
-def test_information_of_maps_that_one_knows(k_t, k_s):
+def test_information_of_uniform_collapsed_and_balanced_maps(k_t, k_s):
     y = torch.arange(k_t).repeat_interleave(10)
     uniform, collapsed = torch.full((len(y), k_s), 1 / k_s), torch.eye(k_s)[torch.zeros(len(y), dtype=torch.long)]
     assert [v.item() for v in entropies(joint_table(uniform, y, k_t))] == pytest.approx(
@@ -126,7 +126,7 @@ def test_stage_1_by_a_plain_loop():
     torch.manual_seed(0)
     _, _, mine = nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 4), Embedder()
     assert torch.equal(mine.project.weight, embedder.project.weight)
-    sample = torch.randperm(240, generator=torch.Generator().manual_seed(recraft.cli.stream("measured", 0)))
+    sample = torch.randperm(240, generator=torch.Generator().manual_seed(cli.stream("measured", 0)))
     p = h_s(encoder(mine(train.x[sample])[:, 0])).softmax(1).detach()
     others = []  # I of labels that belong to other samples
     for i in range(1, 11):
@@ -136,7 +136,7 @@ def test_stage_1_by_a_plain_loop():
     sgd = lambda lr: torch.optim.SGD(mine.parameters(), lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
     optimizer = sgd(2e-3)
     for epoch in range(2):
-        generator = torch.Generator().manual_seed(recraft.cli.stream("alignment", 0, epoch))
+        generator = torch.Generator().manual_seed(cli.stream("alignment", 0, epoch))
         u_t = mine(train.x[torch.randperm(240, generator=generator)[:70]])[:, 0]
         cost = (u_s[:, None] - u_t[None]).square().sum(2) / 2
         loss = common.exact_cost(cost, torch.full((50,), 1 / 50), torch.full((70,), 1 / 70))
@@ -144,7 +144,7 @@ def test_stage_1_by_a_plain_loop():
         loss.backward()
         optimizer.step()
     optimizer, running = sgd(0.1), None
-    generator = torch.Generator().manual_seed(recraft.cli.stream("labels", 0, 0))
+    generator = torch.Generator().manual_seed(cli.stream("labels", 0, 0))
     for index in torch.randperm(240, generator=generator).split(80):  # three equal steps of at most 100
         p = h_s(encoder(mine(train.x[index])[:, 0])).softmax(1)
         batch = torch.stack([p[y[index] == c].sum(0) for c in range(6)]) / 80

@@ -231,7 +231,6 @@ def test_the_layer_of_the_fourier_operator_keeps_the_lowest_frequencies(space):
 
 
 def test_a_reference_is_scored_like_a_method(script, tmp_path):
-    from sklearn.datasets import load_breast_cancer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 
@@ -244,4 +243,3 @@ def test_a_reference_is_scored_like_a_method(script, tmp_path):
     x, y = loaded.test.inputs(slice(None)).flatten(1).numpy(), loaded.test.targets(slice(None)).numpy()
     by_hand = 1 - roc_auc_score(y, model.predict_proba((x - shift) / scale)[:, 1])
     assert row["test"] == pytest.approx(by_hand, abs=1e-3) and f"| logistic | {row['test']:.4f}" in table
-    assert len(load_breast_cancer().target) == len(loaded.train) + len(loaded.val) + len(loaded.test)

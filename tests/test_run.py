@@ -1,4 +1,4 @@
-"""What keeps a run: devices, optimizer and schedule, random streams, files, resuming, a disk without room."""
+"""run.py: devices, optimizer and schedule, random streams, files, resuming, a full disk."""
 
 import errno
 import functools
@@ -138,7 +138,7 @@ def test_no_two_uses_in_a_run_draw_the_same_numbers(tmp_path, monkeypatch, metho
 # ---- files
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_writing_replaces_a_file_and_leaves_no_temporary_file(tmp_path):
     write(tmp_path / "a", b"one")
     write(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"two" and len(list(tmp_path.iterdir())) == 1
@@ -184,9 +184,7 @@ def test_neither_git_nor_a_compiler_is_needed(script, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_batch():
-    split = data.Split(
-        data.np.zeros((30, 3, 4, 4), "uint8"), data.np.zeros(30, "int64"), 2, "toy", data.PROXIES["cifar10"], "cpu"
-    )
+    split = data.Split(np.zeros((30, 3, 4, 4), "uint8"), np.zeros(30, "int64"), 2, "toy", data.PROXIES["cifar10"], "cpu")
 
     class Args:
         batch_size, seed = 4, 0
@@ -275,6 +273,6 @@ def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path)
     (folder / "result.json").unlink()
     (folder / "last.pt").write_bytes((uninterrupted[1] / "last.pt").read_bytes())
     error = script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
-    assert "is no checkpoint of this run" in error and "spherical-pare" in error
+    assert "is not a checkpoint of this run" in error and "spherical-pare" in error
     (folder / "last.pt").write_bytes((uninterrupted[1] / "last.pt").read_bytes()[:5000])
     assert "last.pt is empty or cut short" in script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)

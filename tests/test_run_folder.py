@@ -27,7 +27,7 @@ FILES = ["args.json", "best.safetensors", "last.pt", "metrics.jsonl", "result.js
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two finished runs, of one stage and of two: [(command, folder)]."""
+    """Two finished runs, of one stage and of two: name -> (command, folder)."""
     out = tmp_path_factory.mktemp("finished")
     for command in (PROBE, MONA):
         here(*command, out=out)
@@ -218,7 +218,7 @@ def test_results_are_json(finished):
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is -1"),
     ],
 )
-def test_a_launcher_that_says_half_is_refused_in_one_line(tmp_path, monkeypatch, given, words):
+def test_an_incomplete_launcher_environment_is_refused_in_one_line(tmp_path, monkeypatch, given, words):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     stdout = sys.stdout

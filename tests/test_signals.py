@@ -162,8 +162,8 @@ def test_deepsea_of_the_official_size_needs_less_than_3_gb(tmp_path):
             for key, shape in ((f"x_{name}", (n, 1000, 4)), (f"y_{name}", (n, 36))):
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                    for _ in range(0, n, 1000):
-                        file.write(bytes(math.prod(shape[1:]) * min(1000, n - _)))
+                    for begin in range(0, n, 1000):
+                        file.write(bytes(math.prod(shape[1:]) * min(1000, n - begin)))
     sparse.file.close()
     assert (tmp_path / "deepsea_filtered.npz").stat().st_size > 890_000_000
     code = (

@@ -39,9 +39,8 @@ def test_the_label_is_that_of_the_words_that_are_read_to_their_end(tmp_path):
     (tmp_path / "conll2003").mkdir()
     tags = ["B-PER"] + ["O"] * 14 + ["B-LOC", "B-LOC"] + ["B-LOC"] * 15  # LOC from the 16th word on
     words = ["ab"] * 15 + ["abc"] + ["ab"] * 16  # 32 tokens end within the 16th word
-    (tmp_path / "conll2003/train.txt").write_text("\n".join(f"{w} x x {t}" for w, t in zip(words, tags, strict=True)) + "\n")
-    lines = (tmp_path / "conll2003/train.txt").read_text() * 100
-    (tmp_path / "conll2003/train.txt").write_text(lines)
+    lines = [f"{w} x x {t}" for w, t in zip(words, tags, strict=True)]
+    (tmp_path / "conll2003/train.txt").write_text("\n".join(lines * 100))
     source = data.load_proxy("conll2003", tmp_path, "full", tokenizer=Tokenizer())
     assert source.classes == 3 and source.y.tolist() == [2] * 100  # PER, though LOC has more words
 

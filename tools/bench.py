@@ -515,8 +515,8 @@ def most_arithmetic(device, dtype):
 def one_rung(method, scale, have, batch_size, timed, workers):
     """Time training steps.
 
-    Returns: batch size, seconds per step, memory in MB in addition to the imports, operations per step, the peak of the machine
-        in operations per second in the same precision.
+    Returns: batch size, seconds per step, memory in MB in addition to imports and data, operations per step, and operations per
+        second that the machine reaches in the same precision.
     """
     device, _ = choose_device()
     on_device, warm = "data on the device" in have, 3
@@ -550,7 +550,7 @@ def one_rung(method, scale, have, batch_size, timed, workers):
 def one_alignment(way, scale, timed):
     """Time ORCA's stage 1 on ten target classes.
 
-    Returns: samples per embedder epoch, seconds per embedder epoch (median), memory in MB in addition to the imports.
+    Returns: samples and seconds (median) per embedder epoch, memory in MB in addition to imports, data and model.
     """
     device, _ = choose_device()
     args = data.complete(orca.Args(scale=scale, backbone="tiny-swin" if scale == "tiny" else "random:swin_base"), "orca", scale)

@@ -48,7 +48,7 @@ class Args:
     ]
     """the chart"""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """files of results, or folders of finished runs"""
+    """results.csv files, or folders of finished runs"""
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
@@ -147,7 +147,7 @@ def chosen(args, rows):
     """The methods to show: --methods, or all of the rows. Raises UserError for a method without a row."""
     have = {row["method"] for row in rows}
     if unknown := [method for method in args.methods if method not in have]:
-        raise cli.UserError(f"{args.what}: the files of results have no runs of {unknown[0]} that could be shown.")
+        raise cli.UserError(f"{args.what}: the results files have no runs of {unknown[0]}.")
     return args.methods or have
 
 
@@ -181,7 +181,7 @@ RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random",
 def details(args):
     """Print a Markdown table of variants at the last epoch, with the difference to their method and p of a paired t test.
 
-    A variant is called like its method and a word: pare-end. Returns: (task, n_train) -> variants.
+    A variant is named after its method, with a suffix: pare-end. Returns: (task, n_train) -> variants.
     """
     rows, shown, copied = rows_in(args.inputs), {}, {other: method for method, other in RANDOM.items()}
     methods = chosen(args, rows)
@@ -244,7 +244,7 @@ def against(args):
         points[task] = {method: methods[method] for method in known_methods(rows) if method in methods}
     points = {task: methods for task, methods in points.items() if any(len(at) > 1 for at in methods.values())}
     if not points:
-        raise cli.UserError(f"{args.what}: no method has runs at two places.\nGive more files of results.")
+        raise cli.UserError(f"{args.what}: no method has runs at more than one x.\nGive more results files.")
     if args.what == "compute" and any(len({row["n_train"] for row in of(rows, task=task)}) > 1 for task in points):
         raise cli.UserError("compute: the runs of a task differ in n_train.\nGive files of results with one n_train.")
     print(f"| task | method | {LABELS[args.what]} | steps | lr | test, last epoch | n |\n|---|---|---|---|---|---|---|")
@@ -325,7 +325,7 @@ def curves(args):
 
 
 def budget(args):
-    """Has training levelled off? Prints how much of the error the last fifth of each run took away."""
+    """Has training levelled off? Prints by how much the last fifth of each run lowered the validation error."""
     tasks = {}
     for run in args.inputs:
         result, batch_size = finished(run, "metrics.jsonl"), json.loads((Path(run) / "args.json").read_text())["batch_size"]
@@ -426,12 +426,12 @@ def dispatch(args, commands, inputs, kind):
     least, most, make = commands[args.what]
     if not least <= len(inputs) <= most:
         wanted = f"{least}{' or more' * (most > least)}"
-        raise cli.UserError(f"{args.what} needs {wanted} of {kind}; {len(inputs)} given.")
+        raise cli.UserError(f"{args.what} takes {wanted} {kind}; {len(inputs)} given.")
     return make(args)
 
 
 def main(args):
-    return dispatch(args, COMMANDS, args.inputs, "results.csv or of the folders of finished runs")
+    return dispatch(args, COMMANDS, args.inputs, "results.csv file(s) or folder(s) of finished runs")
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def rebuild(run, args, method=None):
         splits.append(rebuilt.source_set)
     for split, seen in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA list the data of their source, too
         if split.origin != seen:
-            raise cli.UserError(f"{run} saw {seen} data; --data-dir {args.data_dir} gives {split.origin}.\nUse its --data-dir.")
+            raise cli.UserError(f"{run} was trained on {seen} data; {args.data_dir} has {split.origin}.\nUse its --data-dir.")
     for name, module in modules.items():
         module.load_state_dict(part(net, name))
         module.eval()
@@ -657,8 +657,8 @@ def without_half(encoder, tokens, scores):
 def scores_that_matter(args, n=500):
     """A table: similarity of the pretrained encoder's mean output with half of the patches and with all of them.
 
-    Cosine of both, centred over the n test images, with the standard error of its mean. Good scores are high where the
-    higher-scored half is kept, and low where the lower-scored one is.
+    Cosine of both, centred over the n test images, with the standard error of its mean. If a score is good, the
+    similarity is high where the higher-scored half is kept, and low where the lower-scored half is kept.
     """
     source = common.load_source(backbones.DEFAULT_BACKBONE["2d", "tiny"])
     test = data.load("cifar100", args.data_dir, f"{args.out_dir}/cache", "tiny", 1000).test
@@ -690,7 +690,7 @@ COMMANDS = {
 
 
 def main(args):
-    return dispatch(args, COMMANDS, args.runs, "the folders of finished runs")
+    return dispatch(args, COMMANDS, args.runs, "folder(s) of finished runs")
 
 
 if __name__ == "__main__":

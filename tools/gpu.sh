@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in steps of at most eight minutes, the most important first:
+# All tests and measurements that need a GPU, in steps of at most eight minutes, the most important first:
 #
 #     bash tools/gpu.sh OUT [--data-dir DIR] [--minutes 25] [--device cpu] [--smallest]
 #

@@ -152,7 +152,8 @@ MUTATIONS = {
         ("--align-samples ignored", "[: args.align_samples]", "", RECRAFT),
         ("no alignment", "take_step(optimizer, parameters, distance(", "print(optimizer, parameters, distance(", RECRAFT),
         ("H(Z) of the target's labels", "entropy(joint.sum(0)), entropy(joint) - entropy(joint.sum(1))",
-         "entropy(joint.sum(1)), entropy(joint) - entropy(joint.sum(0))", "test_information_of_maps_that_one_knows"),
+         "entropy(joint.sum(1)), entropy(joint) - entropy(joint.sum(0))",
+         "test_information_of_uniform_collapsed_and_balanced_maps"),
         ("--distortion ignored", 'if args.distortion == "mutual" else h_z_given', "if True else h_z_given",
          "test_entropy_collapses_and_mutual_information_does_not"),
         ("rests of groups count", "if 2 * len(g) >= args.label_samples)", ")", RECRAFT_RELEASED),
@@ -241,7 +242,7 @@ MUTATIONS = {
         ("gradient through g", "F.normalize(g.detach(), dim=1)", "F.normalize(g, dim=1)", LSG_DISTANCE),
         ("squared distance", ".norm(dim=1).mean()", ".square().sum(1).mean()", LSG_DISTANCE),
         ("simplex is orthogonal", "torch.eye(K) - 1 / K", "torch.eye(K)",
-         "test_the_vectors_without_language_know_no_class_from_another"),
+         "test_random_and_simplex_prototypes_treat_all_classes_alike"),
         ("text prototypes of one prompt", "t.unflatten(0, (K, P)).mean(1)", "t.unflatten(0, (K, P))[:, 0]", LSG_TEXT),
         ("weights swapped", "args.align_weight * align + args.regularise_weight * regularise",
          "args.regularise_weight * align + args.align_weight * regularise", LSG),
@@ -591,7 +592,7 @@ MUTATIONS = {
         ("special tokens in a text", "add_special_tokens=False", "add_special_tokens=True",
          "test_words_get_no_start_and_end_tokens"),
         ("no failure for a file of other weights", "        compare_weights(path, swin, weights)\n", "",
-         "test_a_backbone_file_with_a_weight_missing_is_refused"),
+         "test_a_file_of_pretrain_that_lacks_a_layer_is_refused[tiny-swin]"),
         ("load: a folder's architecture without its arguments", '{"timm": named, **more}', '{"timm": named}',
          "test_the_backbone_is_not_needed"),
     ],
@@ -743,7 +744,7 @@ def main(args):
             if job.file:
                 shutil.copyfile(ROOT / job.file, folder / job.file)
             free.append(folder)
-    print(f"{len(mutations)} mutations, {len(wrong)} not as they should be, {time.perf_counter() - began:.0f} s")
+    print(f"{len(mutations)} mutations, {len(wrong)} unexpected outcomes, {time.perf_counter() - began:.0f} s")
     raise SystemExit(1 if wrong else 0)
 
 

@@ -49,7 +49,7 @@ class Fourier(nn.Module):
             f = v.to(R.dtype)
             for axis, wave in enumerate(self.waves, 2):
                 f = (f.movedim(axis, -1) @ wave / len(wave)).movedim(-1, axis)
-            f = torch.einsum("bi...,io...->bo...", f, R)  # (B, width, modes)
+            f = torch.einsum("bi...,io...->bo...", f, R)  # (B, width, modes), 2D: (B, width, 2 modes, modes)
             for axis, wave in enumerate(self.waves, 2):
                 f = (f.movedim(axis, -1) @ wave.conj().T).movedim(-1, axis)
             v = v + F.gelu(W(v) + f.real)

@@ -87,7 +87,7 @@ class Args:
     out_dir: str = "runs"
     """output folder; the runs of a variant are in its subfolder of that name. Use one --out-dir for each set of options"""
     known: str = ""
-    """a results.csv of earlier runs: what has a row there, with the same options, is not run again"""
+    """a results.csv of earlier runs: runs that have a row there, with the same options, are not repeated"""
     options: str = ""
     """additional options for all runs, known to all methods; with an equals sign: --options="--epochs 2" """
     jobs: int = 2
@@ -247,7 +247,7 @@ def collect(out_dir, known=""):
 
 
 def save(args):
-    """Write OUT_DIR/results.csv, after each run: what was stopped has lost nothing. Returns its rows."""
+    """Write OUT_DIR/results.csv after each run, so that nothing is lost if the study is stopped. Returns its rows."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

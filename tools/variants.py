@@ -117,7 +117,7 @@ def freeze(*parts):
 
 
 def start_with_bias(method):
-    """1D only: LayerNorm(w x) of one value x keeps its sign alone. With b up to 0.1 tokens vary as after ORCA's stage 1."""
+    """1D only: LayerNorm(w x) of one value x keeps only its sign. With b up to 0.1, tokens vary as after ORCA's stage 1."""
     make = method.common.make_embedder
 
     def made(*args):
