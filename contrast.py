@@ -279,7 +279,7 @@ def main(args):
         parts = torch.arange(len(source_set), device=device).split(64)
         with run.autocast(), torch.no_grad():
             scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])
-    x = train.inputs(torch.arange(min(64, train.chunk, len(train)), device=device))  # to look at
+    x = train.inputs(torch.arange(min(64, train.chunk, len(train)), device=device))  # for the checks below
     if args.contrast_epochs > 0 and not run.restore_stage1(embedder=embedder):
         model.encoder.eval()
         deep = (args.features or ("embedder" if args.as_printed else "encoder")) == "encoder"
@@ -294,8 +294,8 @@ def main(args):
         with run.eager():
             rows = learn_embedder(embedder, encode, train, y, args, run.progress, run.rank)
         run.keep_stage1(rows, embedder=embedder)
-        said = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
-        print(f"contrast {said} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
+        summary = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
+        print(f"contrast {summary} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
     if scores_s is not None:
         with run.autocast(), torch.no_grad():
             both = net.score(embedder(x)), scores_s
@@ -328,7 +328,7 @@ def main(args):
             window = min(args.accumulate, steps - step // args.accumulate * args.accumulate)  # the last one may be short
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.no_sync_unless(step_follows, net):
-                x_s, y_s = source_set.inputs(order_s[step]), source_set.targets(order_s[step])  # contrast: as it was scored
+                x_s, y_s = source_set.inputs(order_s[step]), source_set.targets(order_s[step])  # contrast: not augmented
                 with run.autocast():
                     tokens_s = source.embedder(x_s)  # contrast: (B, N_s, D), frozen
                     of_s = None if scores_s is None else scores_s[order_s[step]]  # contrast: (B, N_s)

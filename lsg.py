@@ -27,7 +27,7 @@ them to one vector, which comes from the name of the class. Three controls test 
 
 Measured on cifar100, 10,000 real images, tiny scale, 4,000 steps, 3 seeds, last epoch: error 0.566 ± 0.003 with the graph of
 MiniLM, 0.564 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no significant
-difference. docs/results.md has the table.
+difference. docs/measurements.md has the table.
 
 Names come with the task (`names` of data.Task); none are made up. `--as-released` follows the code where it differs from these
 lines: docs/paper-vs-code.md, L1 and L2.
@@ -63,7 +63,7 @@ class Args(cli.Args):
     regularise_weight: float | None = None
     """w_r. Default: 8 (full, official), 0.5 (tiny: docs/measurements.md)"""
     edge_ratio: float = 0.003
-    """r of line 2: share of the n^2 entries of A that are edges between classes"""
+    """r of line 2: fraction of the n^2 entries of A that are edges between classes"""
     gcn_steps: int | None = None
     """steps of stage 1. Default: 200, of Adam; as released 5005, of SGD"""
 
