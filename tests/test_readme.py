@@ -176,6 +176,12 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "pare", "naive", "and PaRe {} points better than naive"),
         (results, "orca", "mona", "and ORCA {} points better than MoNA"),
         (results, "orca", "pare", "better than MoNA and {} better than PaRe"),
+        (results, "recraft", "naive", "and RECRAFT is {} points better"),
+        (results, "orca", "scratch", "better than training from scratch**, by {} (p"),
+        (results, "recraft", "scratch", "(p = 0.03) and {} points (p"),
+        (readme, "recraft", "naive", "with 1,000 series (p = 0.03) and by {} with all"),
+        (readme, "orca", "pare", "with 1,000 series (p = 0.03) and {} with all"),
+        (readme, "orca", "scratch", "better than training from scratch, by {} and"),
     ):
         assert sentence.format(points("satellite", method, base, measured(""))) in text
     for text, task, method, base, sentence in (
