@@ -186,6 +186,10 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         assert sentence.format(points("satellite", method, base, measured(""))) in text
     for text, task, method, base, sentence in (
         (readme, "openml23", "scratch", "naive", "from scratch is better by {} points"),
+        (readme, "spherical", "pare", "naive", "On spherical, PaRe is better than naive fine-tuning by {} points"),
+        (readme, "spherical", "pare", "mona", "than MoNA by {} (p = 0.01)"),
+        (readme, "spherical", "pare", "orca", "and than ORCA by {} (p = 0.04); on cifar100"),
+        (results, "spherical", "scratch", "naive", "**Pretraining** is worth {} points"),
         (results, "openml23", "scratch", "naive", "from scratch the error is {} points lower than with naive fine-tuning (p"),
         (results, "openml23", "scratch", "logistic", "than that of logistic regression (by {} points"),
     ):
