@@ -139,7 +139,7 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
 
     for text, task, method, base, sentence in (
         (readme, "satellite", "orca", "naive", "On satellite, ORCA is {} points better"),
-        (readme, "cifar100", "contrast", "naive", "on cifar100, by {} points."),
+        (readme, "cifar100", "contrast", "naive", "on cifar100, by {} points, and"),
         (why, "satellite", "orca-shuffled", "orca", "permuted labels the error is {} points lower"),
         (why, "satellite", "orca-bias", "naive", "they are worth {} points"),
         (why, "satellite", "orca-bias", "naive-bias", "beyond the bias is {} points"),
@@ -190,6 +190,8 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (readme, "spherical", "pare", "mona", "than MoNA by {} (p = 0.01)"),
         (readme, "spherical", "pare", "orca", "and than ORCA by {} (p = 0.04); on cifar100"),
         (results, "spherical", "scratch", "naive", "**Pretraining** is worth {} points"),
+        (readme, "openml31", "contrast", "naive", "on the table credit-g, by {} (p"),
+        (results, "openml31", "contrast", "naive", "on credit-g, by {} points"),
         (results, "openml23", "scratch", "naive", "from scratch the error is {} points lower than with naive fine-tuning (p"),
         (results, "openml23", "scratch", "logistic", "than that of logistic regression (by {} points"),
     ):
