@@ -71,7 +71,7 @@ CONTRAST = "contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contra
 @pytest.mark.parametrize(
     "file, study, methods",
     [("docs/results.md", "-1000", [EVERY_METHOD, f"{EVERY_METHOD} boosting logistic"]),
-     ("docs/results.md", "", 6 * [None]),
+     ("docs/results.md", "", 7 * [None]),
      ("docs/measurements.md", "-1000", [CONTRAST]),
      ("docs/why-orca.md", "-1000", ["orca mona naive warmup scratch naive-bias orca-bias orca-shuffled"])],
 )  # fmt: skip
