@@ -250,6 +250,22 @@ def test_the_table_of_learning_rates_is_that_of_rates_csv():
         assert cells.replace("*", "").split(" | ") == [f"{errors[task, method, rate]:.4f}" for rate in rates]
 
 
+def test_the_table_of_learning_rates_with_a_thousand_images_is_of_its_rows():
+    rows = []
+    for name in ("results-1000", "rates-1000"):
+        with (ROOT / f"docs/{name}.csv").open() as file:
+            rows += [row for row in csv.DictReader(file) if (row["task"], row["n_train"]) == ("cifar100", "1000")]
+    for method in ("pare", "orca", "mona", "naive", "scratch"):
+        runs = [[row for row in rows if (row["method"], row["lr"]) == (method, lr)] for lr in ("0.0003", "0.001", "0.003")]
+        val, test = ([[float(row[what]) for row in those] for those in runs] for what in ("val", "test_last"))
+        assert [len(those) for those in runs] == 3 * [3]
+        cells = (
+            ", ".join(f"{np.mean(v):.3f}" for v in val),
+            ", ".join(f"{np.mean(t):.3f} ± {np.std(t, ddof=1):.3f}" for t in test),
+        )
+        assert f"| {method} | {cells[0]} | {cells[1]} |" in (ROOT / "docs/measurements.md").read_text()
+
+
 def test_nothing_is_left_to_be_filled_in():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.py")]:
         assert not re.search(r"\b[A-Z0-9]+_(TEXT|TABLE|ROWS|SECTION|BIAS|ROLLOUT|RANDOM)\b", path.read_text()), path.name
