@@ -376,7 +376,7 @@ def test_lsg_trains_with_a_frozen_gcn_and_resumes(script, tmp_path):
     said = script("lsg.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-lsg-tiny-swin-s0-toy"
     lines = rows(folder)
-    assert "180 nodes" in said and "tiny-roberta reads 9 class names" in said
+    assert "180 nodes" in said and "tiny-roberta embeds 9 class names" in said
     assert [row.get("stage") for row in lines] == [1] * 10 + [None] * 2
     assert set(lines[0]) == {"stage", "epoch", "GCN loss", "GCN error"}
     assert lines[-1]["loss"] < lines[10]["loss"] and lines[-1]["regularise"] < lines[10]["regularise"] < 2

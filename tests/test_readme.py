@@ -96,7 +96,7 @@ def test_the_tables_of_variants_are_those_of_their_rows(capsys):
 
 
 def test_the_table_of_compute_is_that_of_its_rows(capsys, tmp_path):
-    files = tuple(str(ROOT / f"docs/results-1000{steps}.csv") for steps in ("", "-5", "-30", "-45"))
+    files = tuple(str(ROOT / f"docs/results-1000{steps}.csv") for steps in ("", "-5", "-10", "-30", "-45"))
     charts.main(charts.Args("compute", files, out=str(tmp_path), methods=("naive", "pare", "orca", "mona")))
     *table, _ = capsys.readouterr().out.splitlines(keepends=True)  # and the path of the picture
     assert "".join(table) in (ROOT / "docs/results.md").read_text() and len(table) > 9
@@ -196,6 +196,9 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "openml23", "scratch", "logistic", "than that of logistic regression (by {} points"),
     ):
         assert sentence.format(points(task, method, base, measured(""))) in text
+    short = {method: points("satellite", method, "naive", measured("-1000-10")) for method in ("orca", "mona", "pare")}
+    assert f"After 400 steps it is {short['orca']} points better" in results
+    assert f"MoNA is {short['mona']} points better after 400 steps (p = 0.02), PaRe {short['pare']} (p" in results
     compared = ("orca", "mona", "pare", "scratch")
     few = {n: [points("cifar100", method, "naive", measured(f"-{n}")) for method in compared] for n in (100, 300)}
     assert "ORCA, MoNA and PaRe are {}, {} and {} points worse".format(*few[100][:3]) in results

@@ -155,12 +155,12 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(finished, tmp_path):
     state = torch.load(folder / "last.pt", weights_only=True)
     for other in ({k: v for k, v in state.items() if k != "history"}, [1], state | {"net": {}}):
         torch.save(other, folder / "last.pt")
-        with pytest.raises(cli.UserError, match="no checkpoint of this run"):
+        with pytest.raises(cli.UserError, match="not a checkpoint of this run"):
             here(*command, "--resume", out=tmp_path)
     command, folder = copy(finished, tmp_path, "mona", "result.json", "last.pt", "metrics.jsonl")
     kept = load_file(folder / "stage1.safetensors")
     (folder / "stage1.safetensors").write_bytes(run.to_safetensors(kept, {"rows": "["}))
-    with pytest.raises(cli.UserError, match="no first stage of this run"):
+    with pytest.raises(cli.UserError, match="not a first stage of this run"):
         here(*command, "--resume", out=tmp_path)
 
 

@@ -139,10 +139,10 @@ def test_rows_of_the_first_stage_come_under_their_own_names(tmp_path, given, pac
 
 
 @pytest.mark.parametrize("package", MODULES)
-def test_a_package_that_is_missing_costs_a_line_before_anything_is_read(script, tmp_path, monkeypatch, package):
+def test_a_package_that_is_missing_costs_two_lines_before_anything_is_read(script, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, MODULES[package], None)
     error = script(*SMALL, "--track", package, out=tmp_path, code=2)
-    assert f"pip install {package}" in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert f"pip install {package}" in error and len(error.splitlines()) == 2 and not list(tmp_path.iterdir())
     here(*SMALL[:-1], 1, out=tmp_path)  # without --track it is not imported
 
 

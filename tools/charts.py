@@ -258,7 +258,8 @@ def against(args):
             colour = COLOURS[names.index(method) % len(COLOURS)]
             methods[method] = dots(axis, at, colour, x=list(at), line="-", label=method)
         axis.set(xscale="log", xlabel=LABELS[args.what])
-        axis.set_xticks(sorted({x for at in methods.values() for x in at}))
+        ticks = sorted({x for at in methods.values() for x in at})
+        axis.set_xticks([x for before, x in zip([0, *ticks], ticks, strict=False) if x > 1.2 * before])  # labels need room
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_minor_formatter("")
         readable(axis)
