@@ -319,10 +319,10 @@ class Split:
 
     x and y have passed `validate`. Images (uint8) are scaled to [0, 1], token ids (int64) are left as they are, everything else
     is fp32. `like` is its Task or Proxy: name, target, output, loss, mean, std and augmentation. `classes`: how many classes or
-    labels there are, None for fields.
+    labels there are, None for fields. `kind`: what kind of data it is, official, simulated, sklearn or toy.
     """
 
-    def __init__(self, x, y, classes, origin, like, device):
+    def __init__(self, x, y, classes, kind, like, device):
         import torch
 
         self.device = torch.device(device)
@@ -330,7 +330,7 @@ class Split:
             part if isinstance(part, Lazy) else torch.from_numpy(np.require(part, requirements="CWO")).to(device)
             for part in (x, y)
         )  # copied if it is the map of a file
-        self.classes, self.origin, self.augment, self.draws = classes, origin, like.augment, like.draws
+        self.classes, self.kind, self.augment, self.draws = classes, kind, like.augment, like.draws
         self.target, self.shape, self.loss = like.target, like.shape, like.loss
         self.output = like.output if classes is None else (classes,)
         self.name = like.name  # target and source draw different numbers
@@ -389,7 +389,7 @@ class Split:
         one_pass = max(1, len(self) // args.batch_size)
         if args.scale == "full":
             return one_pass
-        if self.origin == "toy":
+        if self.kind == "toy":
             return min(one_pass, args.accumulate * TOY_STEPS)
         return args.accumulate * TINY_STEPS[find_task(self.name).kind]
 
@@ -548,7 +548,7 @@ def class_names(loaded, data_dir):
     Toy data have names of their own. Raises UserError, with the reason, if there are no names; Missing if the file with the
     names is missing.
     """
-    task, toy, K = loaded.task, loaded.train.origin == "toy", loaded.train.classes
+    task, toy, K = loaded.task, loaded.train.kind == "toy", loaded.train.classes
     names = task.toy_names[:K] if toy else task.names(Path(data_dir)) if callable(task.names) else task.names
     if not isinstance(names, tuple) or not names:
         why = "its toy data have none" if toy else names or "its files have none"

@@ -287,7 +287,7 @@ class Run:
         Args: splits: the data that it trains on, the target first.
         Raises: UserError if the folder holds another run, a damaged run, or this run and --resume is not given.
         """
-        args, origins, n = self.args, [split.origin for split in splits], len(splits[0])
+        args, origins, n = self.args, [split.kind for split in splits], len(splits[0])
         if args.batch_size > max(64, n):  # 64 is the largest published batch; small sets are repeated to fill one
             raise UserError(f"--batch-size {args.batch_size:,} is more than the {n:,} training samples.\nGive a smaller one.")
         identity = asdict(args) | {"data": origins, "samples": [len(split) for split in splits]}
@@ -319,7 +319,7 @@ class Run:
         """Take the folder for this run; True if the run is finished already. Raises UserError as `start` does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = None if self.result_file.exists() else lock(self.folder)  # nothing is written to a finished run
-        identity |= {"checksums": [checksum(split) if split.origin == "official" else None for split in splits]}
+        identity |= {"checksums": [checksum(split) if split.kind == "official" else None for split in splits]}
         if self.begun():
             if not self.args.resume:
                 state = (
@@ -569,7 +569,7 @@ class Run:
             write(self.folder / "curves.png", plots.curves(title, self.stage1, self.history, result))
             if task.target != "labels":
                 x = self.first_inputs(loaded.test).cpu().numpy()
-                shown = replace(task, names=task.toy_names if loaded.train.origin == "toy" else task.names)
+                shown = replace(task, names=task.toy_names if loaded.train.kind == "toy" else task.names)
                 write(self.folder / "predictions.png", plots.predictions(title, shown, x, *self.answers))
             about = {"architecture": model.encoder.architecture, "facts": data.remember(loaded)}  # for `load`
             self.write_best(from_safetensors(self.best_file.read_bytes()), **about)  # Windows cannot replace a mapped file

@@ -26,7 +26,7 @@ def test_cifar100_is_channel_first_and_the_validation_split_is_held_out(tmp_path
     folder = write_cifar100(tmp_path)
     raw = pickle.loads((folder / "train").read_bytes())
     loaded = data.load("cifar100", tmp_path, tmp_path / "cache", "full", n_train=20, seed=3)
-    assert (len(loaded.train), len(loaded.val), len(loaded.test), loaded.train.origin) == (20, 2, 40, "official")
+    assert (len(loaded.train), len(loaded.val), len(loaded.test), loaded.train.kind) == (20, 2, 40, "official")
     assert loaded.train.x.dtype == torch.uint8 and loaded.train.x.shape == (20, 3, 32, 32)
     x = raw[b"data"].reshape(-1, 3, 32, 32)
     where = [int(np.flatnonzero((x == sample.numpy()).all((1, 2, 3)))[0]) for sample in [*loaded.train.x, *loaded.val.x]]
@@ -51,7 +51,7 @@ def test_missing_files_are_an_error_at_full_scale_and_replaced_by_toy_data_at_ti
     with pytest.raises(cli.Missing, match="tiny_imagenet"):
         data.load_proxy("tiny_imagenet", tmp_path, "full")
     loaded = data.load("spherical", tmp_path, tmp_path, "tiny", n_train=100)
-    assert (loaded.train.origin, len(loaded.train), loaded.train.classes) == ("toy", 100, 9)
+    assert (loaded.train.kind, len(loaded.train), loaded.train.classes) == ("toy", 100, 9)
     assert "TOY DATA" in capsys.readouterr().out
 
 

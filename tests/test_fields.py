@@ -231,7 +231,7 @@ def few(monkeypatch):
 def test_full_scale_simulates_the_benchmarks_shapes(name, few, tmp_path, capsys):
     loaded = data.load(name, tmp_path / "none", tmp_path / "cache", "full")
     task = data.TASKS[name]
-    assert (loaded.task.shape, loaded.task.output, loaded.train.origin) == (task.shape, task.output, "simulated")
+    assert (loaded.task.shape, loaded.task.output, loaded.train.kind) == (task.shape, task.output, "simulated")
     assert len(loaded.train) + len(loaded.val) == (3 if name == "darcy" else 12) and len(loaded.test) == (
         1 if name == "darcy" else 4
     )

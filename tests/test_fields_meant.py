@@ -139,7 +139,7 @@ def test_pdebenchs_own_folders_are_found_and_an_earlier_release_is_named_every_t
         if write:
             write_advection(path, released)
         loaded = data.load("advection1d", tmp_path / "data", tmp_path / "cache", "full")
-        assert loaded.train.origin == "official"
+        assert loaded.train.kind == "official"
         said = capsys.readouterr().out
         assert ("EARLIER RELEASE" in said) == released and "grid" not in said
 

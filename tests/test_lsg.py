@@ -271,7 +271,7 @@ def test_a_prompt_is_the_mean_over_its_names_tokens():
 
 
 def test_nodes_and_edges_are_computed_once(tmp_path, monkeypatch, capsys):
-    loaded = SimpleNamespace(task=replace(TASK, names=("ring", "cross")), train=SimpleNamespace(origin="official", classes=2))
+    loaded = SimpleNamespace(task=replace(TASK, names=("ring", "cross")), train=SimpleNamespace(kind="official", classes=2))
     args = lsg.Args(text_encoder="tiny-roberta", out_dir=str(tmp_path), edge_ratio=0.1)
     torch.manual_seed(0)
     t, A = lsg.label_nodes(loaded, args, "cpu")
@@ -349,7 +349,7 @@ def test_a_table_has_names_if_its_categories_are_words(tmp_path):
 
 def test_a_task_without_names_says_why():
     def asked(task, origin, classes=9, **changes):
-        train = SimpleNamespace(origin=origin, classes=classes)
+        train = SimpleNamespace(kind=origin, classes=classes)
         return data.class_names(SimpleNamespace(task=replace(data.find_task(task), **changes), train=train), "none")
 
     assert asked("spherical", "toy") == data.TASKS["cifar100"].toy_names and asked("cifar100", "toy", 4)[3] == "plain triangle"
@@ -365,7 +365,7 @@ def test_a_task_without_names_says_why():
         asked("cifar100", "official", 100, names=("a", "b"))
     mine = data.Task("mine", "", (3, 8), "class", (2,), None, None, (), {})
     with pytest.raises(cli.UserError, match="mine has no class names: its files have none"):
-        data.class_names(SimpleNamespace(task=mine, train=SimpleNamespace(origin="official", classes=2)), "none")
+        data.class_names(SimpleNamespace(task=mine, train=SimpleNamespace(kind="official", classes=2)), "none")
 
 
 # ---- end to end

@@ -60,7 +60,7 @@ class Split:
     """All that Run.start asks of a data.Split."""
 
     def __init__(self, origin, n):
-        self.origin, self.n, self.x, self.y, self.device = origin, n, None, None, "cpu"
+        self.kind, self.n, self.x, self.y, self.device = origin, n, None, None, "cpu"
 
     def rows(self, part, index):
         return torch.zeros(len(index))

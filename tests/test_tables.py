@@ -42,7 +42,7 @@ def test_numbers_alone_are_one_position_and_columns_with_gaps_are_left_out(tmp_p
     rows = [[i, "?" if i == 7 else 1, 3 * i, "xyz"[i % 3]] for i in range(60)]
     write_openml(tmp_path, 37, columns, rows)
     loaded = full("openml37", tmp_path)
-    assert loaded.task.shape == (2, 1) and loaded.task.output == (3,) and loaded.train.origin == "official"
+    assert loaded.task.shape == (2, 1) and loaded.task.output == (3,) and loaded.train.kind == "official"
     x, _ = dev(loaded)
     assert np.allclose(x[:, 0], x[:, 1], atol=1e-6)  # proportional columns are the same, scaled
     out, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 2])
@@ -64,7 +64,7 @@ COPIES = [(61, 4, 3, 150), (187, 13, 3, 178), (1510, 30, 2, 569), (28, 64, 10, 1
 @pytest.mark.parametrize(("number", "shape", "classes", "rows"), COPIES)
 def test_tables_that_scikit_learn_carries(tmp_path, number, shape, classes, rows):
     loaded = full(f"openml{number}", tmp_path)
-    assert loaded.task.shape == (shape, 1) and loaded.train.output == (classes,) and loaded.train.origin == "sklearn"
+    assert loaded.task.shape == (shape, 1) and loaded.train.output == (classes,) and loaded.train.kind == "sklearn"
     assert sum(len(s) for s in (loaded.train, loaded.val, loaded.test)) == rows
 
 

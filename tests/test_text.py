@@ -90,4 +90,4 @@ def test_pieces_with_few_tokens_are_padded(tmp_path):
     one = lambda words: [5]
     one.pad = 9
     source = data.load_proxy("conll2003", tmp_path, "tiny", n=3, tokenizer=one)
-    assert source.inputs(torch.tensor([1])).tolist() == [[5] + [9] * 31] and source.origin == "toy"
+    assert source.inputs(torch.tensor([1])).tolist() == [[5] + [9] * 31] and source.kind == "toy"

@@ -19,7 +19,7 @@ def test_toys_and_simulations_look_like_their_task(name, tmp_path, capsys, monke
     monkeypatch.setattr(data, "TOY_TEST", 16)
     loaded = data.load(name, tmp_path, tmp_path, "tiny", n_train=n)
     kind, said = ("simulated", "SIMULATED") if loaded.task.simulate else ("toy", "TOY DATA")
-    assert loaded.train.origin == kind and said in capsys.readouterr().out
+    assert loaded.train.kind == kind and said in capsys.readouterr().out
     task, train = loaded.task, loaded.train
     x, y = next(train.batches(1, 8, 0, 0))
     assert x.shape == (8, *task.shape) and x.isfinite().all() and x.dtype == torch.float32

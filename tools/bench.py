@@ -650,7 +650,7 @@ def curve(args):
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 5.5), sharex=True, layout="constrained", height_ratios=(2, 1))
     reference = losses[eager]
     spread = (reference - torch.nn.functional.avg_pool1d(reference[None], 21, 1, 10, count_include_pad=False)[0]).std().item()
-    print(f"PaRe, {train.origin} data, {machine()}: {n} steps; the standard deviation between batches is {spread:.4f}")
+    print(f"PaRe, {train.kind} data, {machine()}: {n} steps; the standard deviation between batches is {spread:.4f}")
     for way, loss in losses.items():
         above.plot(loss, label=way, linewidth=1)
         if loss is not reference:
@@ -660,7 +660,7 @@ def curve(args):
                   f"last 50 steps {off[-50:].mean():+.5f}")  # fmt: skip
     below.axhspan(-spread, spread, color="0.9", label="standard deviation between batches")
     above.set(
-        ylabel="loss", title=f"PaRe, spherical ({train.origin} data), tiny scale, {device.type}: the same batches on each path"
+        ylabel="loss", title=f"PaRe, spherical ({train.kind} data), tiny scale, {device.type}: the same batches on each path"
     )
     below.set(ylabel="difference", xlabel="step")
     for axis in (above, below):

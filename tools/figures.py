@@ -244,8 +244,8 @@ def rebuild(run, args, method=None):
         rebuilt.source_set = data.load_proxy(*of_source, source.tokenizer)
         splits.append(rebuilt.source_set)
     for split, seen in zip(splits, options["data"], strict=False):  # runs of ORCA and MoNA list the data of their source, too
-        if split.origin != seen:
-            raise cli.UserError(f"{run} was trained on {seen} data; {args.data_dir} has {split.origin}.\nUse its --data-dir.")
+        if split.kind != seen:
+            raise cli.UserError(f"{run} was trained on {seen} data; {args.data_dir} has {split.kind}.\nUse its --data-dir.")
     for name, module in modules.items():
         module.load_state_dict(part(net, name))
         module.eval()
@@ -626,7 +626,7 @@ def discrepancy(args, classes=10, n=500, draws=5):
             index, y = draw_of_classes(loaded.train, n, classes, seed)
             seen = fitted.predict_proba(features(embedder, source.encoder, loaded.train, index))  # (n, K_s)
             values.append(mismatch(np.stack([seen[y == c].mean(0) for c in y.unique()])))
-        found[f"{name}\n({loaded.train.origin})"] = values
+        found[f"{name}\n({loaded.train.kind})"] = values
         print(f"{name}: D = {spread(values)}, of {len(y.unique())} classes")
     figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(found), 4), layout="constrained")
     means, deviations = ([f(values) for values in found.values()] for f in (np.mean, lambda v: np.std(v, ddof=1)))

@@ -379,7 +379,7 @@ MUTATIONS = {
     "run.py": [
         ("no lock", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN",
          "test_a_second_process_does_not_write_to_the_folder_of_a_run"),
-        ("other data are not noticed", 'if split.origin == "official" else None', "if False else None",
+        ("other data are not noticed", 'if split.kind == "official" else None', "if False else None",
          "test_other_data_of_the_same_size_are_noticed"),
         ("answers of several processes out of order", "np.concatenate(parts)[order]", "np.concatenate(parts)", PROCESSES),
         ("a process without samples evaluates none", "own if len(own) else every[:1]", "own", PROCESSES),
@@ -387,7 +387,7 @@ MUTATIONS = {
          "test_schedule_is_linear_up_then_linear_down_in_optimizer_steps"),
         ("short windows are not counted", "math.ceil(batches / args.accumulate)  #", "(batches // args.accumulate)  #",
          "test_steps_are_those_of_the_optimizer"),
-        ("toys are called by the names of the real classes", 'task.toy_names if loaded.train.origin == "toy" else task.names',
+        ("toys are called by the names of the real classes", 'task.toy_names if loaded.train.kind == "toy" else task.names',
          "task.names", "test_toy_classes_are_called_what_they_are"),
         ("evaluation in training mode", "        model.eval()\n", "        model.train()\n", EVALUATION),
         ("best checkpoint never loaded", "if self.best_epoch < len(self.history):", "if False:", BEST),

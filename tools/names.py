@@ -65,7 +65,7 @@ def measure(encoder, args):
     """The numbers of a row of the table, by their heading."""
     group, K = torch.tensor([OF[name] for name in NAMES]), len(NAMES)
     task = replace(data.TASKS["cifar100"], names=NAMES)
-    loaded = data.Loaded(task, SimpleNamespace(origin="official", classes=K), None, None)
+    loaded = data.Loaded(task, SimpleNamespace(kind="official", classes=K), None, None)
     options = lsg.Args(text_encoder=encoder, gcn_steps=args.gcn_steps, out_dir=args.out_dir)
     t, A = lsg.label_nodes(loaded, options, "cpu")
     text = lsg.class_vectors("text", t, K, 0)

@@ -115,7 +115,7 @@ def refer(method, args, task, seed, out):
     error = references.refer(method, loaded, seed, shlex.split(args.options))
     if error is not None:
         row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
-               "data": loaded.train.origin, "scale": args.scale, "n_train": len(loaded.train),
+               "data": loaded.train.kind, "scale": args.scale, "n_train": len(loaded.train),
                "seconds": time.perf_counter() - began}  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         write(out / "result.json", json.dumps(row).encode())
