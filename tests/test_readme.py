@@ -126,18 +126,18 @@ def test_a_comparison_with_naive_is_that_of_its_rows(section, study, n_train, me
         assert len(apart) == int(n) and more == ("" if method == "naive" else f"{apart.mean():+.1f} ± {apart.std(ddof=1):.1f}")
 
 
-def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
+def test_the_sentences_about_differences_are_of_their_rows():
     files = ("README.md", "docs/results.md", "docs/why-orca.md", "docs/measurements.md")
     readme, results, why, measurements = (" ".join((ROOT / name).read_text().split()) for name in files)
     with (ROOT / "docs/rates-1000.csv").open() as file:
         rates = [row | {"seed": int(row["seed"]), "test_last": float(row["test_last"])} for row in csv.DictReader(file)]
-    rows, at_3e3 = measured("-1000"), reproduce.of(rates, lr="0.003")
+    rows, default, short = measured("-1000"), measured(""), measured("-1000-10")
 
-    def points(task, method, base, rows=rows):
+    def points(task, method, base, rows):
         d = 100 * np.subtract(*reproduce.pairs(rows, task, method, base))
         return f"{abs(d.mean()):.1f} ± {d.std(ddof=1):.1f}"
 
-    for text, task, method, base, sentence in (
+    thousand = (
         (readme, "satellite", "orca", "naive", "On satellite, ORCA is {} points better"),
         (readme, "cifar100", "contrast", "naive", "on cifar100, by {} points, and"),
         (why, "satellite", "orca-shuffled", "orca", "permuted labels the error is {} points lower"),
@@ -166,25 +166,21 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "cifar100", "pare-released", "pare", "(`pare-released`), costs {} points"),
         (results, "cifar100", "naive-released", "naive", "(`naive-released`) costs {} points"),
         (results, "cifar100", "naive-sum", "naive-mean", "the sum is {} points better"),
-    ):
-        assert sentence.format(points(task, method, base)) in text
-    for text, method, base, sentence in (
-        (readme, "orca", "naive", "with all series it is {} points better"),
-        (readme, "orca", "mona", "with 1,000 series and {} with all"),
-        (results, "orca", "naive", "with all series it is {} points better"),
-        (results, "mona", "naive", "MoNA is {} points and PaRe"),
-        (results, "pare", "naive", "and PaRe {} points better than naive"),
-        (results, "orca", "mona", "and ORCA {} points better than MoNA"),
-        (results, "orca", "pare", "better than MoNA and {} better than PaRe"),
-        (results, "recraft", "naive", "and RECRAFT is {} points better"),
-        (results, "orca", "scratch", "better than training from scratch**, by {} (p"),
-        (results, "recraft", "scratch", "(p = 0.03) and {} points (p"),
-        (readme, "recraft", "naive", "with 1,000 series (p = 0.03) and by {} with all"),
-        (readme, "orca", "pare", "with 1,000 series (p = 0.03) and {} with all"),
-        (readme, "orca", "scratch", "better than training from scratch, by {} and"),
-    ):
-        assert sentence.format(points("satellite", method, base, measured(""))) in text
-    for text, task, method, base, sentence in (
+    )
+    at_default_budget = (
+        (readme, "satellite", "orca", "naive", "with all series it is {} points better"),
+        (readme, "satellite", "orca", "mona", "with 1,000 series and {} with all"),
+        (results, "satellite", "orca", "naive", "with all series it is {} points better"),
+        (results, "satellite", "mona", "naive", "MoNA is {} points and PaRe"),
+        (results, "satellite", "pare", "naive", "and PaRe {} points better than naive"),
+        (results, "satellite", "orca", "mona", "and ORCA {} points better than MoNA"),
+        (results, "satellite", "orca", "pare", "better than MoNA and {} better than PaRe"),
+        (results, "satellite", "recraft", "naive", "and RECRAFT is {} points better"),
+        (results, "satellite", "orca", "scratch", "better than training from scratch**, by {} (p"),
+        (results, "satellite", "recraft", "scratch", "(p = 0.03) and {} points (p"),
+        (readme, "satellite", "recraft", "naive", "with 1,000 series (p = 0.03) and by {} with all"),
+        (readme, "satellite", "orca", "pare", "with 1,000 series (p = 0.03) and {} with all"),
+        (readme, "satellite", "orca", "scratch", "better than training from scratch, by {} and"),
         (readme, "openml23", "scratch", "naive", "from scratch is better by {} points"),
         (readme, "spherical", "pare", "naive", "On spherical, PaRe is better than naive fine-tuning by {} points"),
         (readme, "spherical", "pare", "mona", "than MoNA by {} (p = 0.01)"),
@@ -194,18 +190,24 @@ def test_the_sentences_about_a_thousand_samples_are_of_their_rows():
         (results, "openml31", "contrast", "naive", "on credit-g, by {} points"),
         (results, "openml23", "scratch", "naive", "from scratch the error is {} points lower than with naive fine-tuning (p"),
         (results, "openml23", "scratch", "logistic", "than that of logistic regression (by {} points"),
-    ):
-        assert sentence.format(points(task, method, base, measured(""))) in text
-    short = {method: points("satellite", method, "naive", measured("-1000-10")) for method in ("orca", "mona", "pare")}
-    assert f"After 400 steps it is {short['orca']} points better" in results
-    assert f"MoNA is {short['mona']} points better after 400 steps (p = 0.02), PaRe {short['pare']} (p" in results
+    )
+    after_400_steps = (
+        (results, "satellite", "orca", "naive", "After 400 steps it is {} points better"),
+        (results, "satellite", "mona", "naive", "MoNA is {} points better after 400 steps (p = 0.02)"),
+        (results, "satellite", "pare", "naive", "after 400 steps (p = 0.02), PaRe {} (p"),
+        (why, "satellite", "orca", "naive", "after 400 steps ORCA is {} points better"),
+    )
+    for these, sentences in ((rows, thousand), (default, at_default_budget), (short, after_400_steps)):
+        for text, task, method, base, sentence in sentences:
+            assert sentence.format(points(task, method, base, these)) in text
     compared = ("orca", "mona", "pare", "scratch")
     few = {n: [points("cifar100", method, "naive", measured(f"-{n}")) for method in compared] for n in (100, 300)}
     assert "ORCA, MoNA and PaRe are {}, {} and {} points worse".format(*few[100][:3]) in results
-    worth = few[100][3], few[300][3], points("cifar100", "scratch", "naive")
+    worth = few[100][3], few[300][3], points("cifar100", "scratch", "naive", rows)
     assert "worth {}, {} and {} points on cifar100".format(*worth) in results
     lower = reproduce.spread([row["test_last"] for row in reproduce.of(rates, n_train="2000")])  # at 1e-3
     assert f"last epoch is {lower}" in measurements
+    at_3e3 = reproduce.of(rates, lr="0.003")
     for these, method in ((at_3e3, "contrast-stage1"), (at_3e3, "contrast-stage1-e20"), (rows, "contrast-stage1")):
         assert f"| {reproduce.apart(these, 'cifar100', method).split(' | ')[0]}, fine-tuned at " in measurements
 
