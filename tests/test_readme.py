@@ -95,13 +95,6 @@ def test_the_tables_of_variants_are_those_of_their_rows(capsys):
         assert capsys.readouterr().out == block and len(variants) > 4
 
 
-def test_the_table_of_compute_is_that_of_its_rows(capsys, tmp_path):
-    files = tuple(str(ROOT / f"docs/results-1000{steps}.csv") for steps in ("", "-5", "-10", "-30", "-45"))
-    charts.main(charts.Args("compute", files, out=str(tmp_path), methods=("naive", "pare", "orca", "mona")))
-    *table, _ = capsys.readouterr().out.splitlines(keepends=True)  # and the path of the picture
-    assert "".join(table) in (ROOT / "docs/results.md").read_text() and len(table) > 9
-
-
 def test_the_table_of_readme_is_that_of_its_rows(capsys):
     files = tuple(str(ROOT / f"docs/results{study}.csv") for study in ("-1000", ""))
     charts.main(charts.Args("table", files, methods=tuple(EVERY_METHOD.split())))
@@ -197,7 +190,17 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "satellite", "pare", "naive", "after 400 steps (p = 0.02), PaRe {} (p"),
         (why, "satellite", "orca", "naive", "after 400 steps ORCA is {} points better"),
     )
-    for these, sentences in ((rows, thousand), (default, at_default_budget), (short, after_400_steps)):
+    after_200_steps = ((results, "cifar100", "pare", "naive", "the worst of the four, {} points above"),)
+    same_compute = ((results, "cifar100", "pare", "naive", "compared with that, PaRe is {} points better"),)
+    twice = reproduce.of(rows, method="pare") + measured("-1000-30")  # naive fine-tuning with 1,200 steps
+    studies = (
+        (rows, thousand),
+        (default, at_default_budget),
+        (short, after_400_steps),
+        (measured("-1000-5"), after_200_steps),
+        (twice, same_compute),
+    )
+    for these, sentences in studies:
         for text, task, method, base, sentence in sentences:
             assert sentence.format(points(task, method, base, these)) in text
     compared = ("orca", "mona", "pare", "scratch")
