@@ -185,6 +185,8 @@ def guarded(main, *args):
         elif error.errno == errno.EPIPE and closed(sys.stdout):  # e.g. head has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard the rest of the output
             raise SystemExit(141) from None
+        elif isinstance(error, (PermissionError, FileNotFoundError)):  # of h5py and safetensors, which set no filename
+            message = f"{reason(error)}.\nCheck the permissions of the file, or give another path."
         else:
             raise
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

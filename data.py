@@ -508,10 +508,10 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     if n_train < 1:
         raise UserError(f"{task.name}: {len(order)} training samples; expected two or more: some are held out for validation.")
     loaded = Loaded(task, **{name: Split(*part, classes, origin, task, device) for name, part in passed.items()})
-    first = torch.zeros(1, dtype=torch.int64, device=device)
-    found, wanted = tuple(loaded.train.inputs(first).shape[1:]), tuple(task.shape)
-    if found != wanted:
-        raise UserError(f"{task.name}: {data_dir} has samples of {by_x(found)}; expected {by_x(wanted)}.")
+    if (found := tuple(loaded.train.inputs(torch.zeros(1, dtype=torch.int64, device=device)).shape[1:])) != tuple(task.shape):
+        raise UserError(f"{task.name}: {data_dir} has samples of {by_x(found)}; expected {by_x(task.shape)}.")
+    if len({x.dtype == np.uint8 for x, _ in (train, test) if not isinstance(x, Lazy)}) > 1:  # only uint8 is divided by 255
+        raise UserError(f"{task.name}: training or test images are uint8, the others are not.\nGive both in the same type.")
     what = f"{classes} {'classes' if task.target == 'class' else 'labels'}" if classes else f"fields {by_x(task.output)}"
     print(f"target  {task.name}: {origin} data, {n_train:,} samples for training and {n_val:,} for validation of",
           f"{len(order):,}, {len(loaded.test):,} for test, {what}")  # fmt: skip

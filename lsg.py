@@ -26,7 +26,7 @@ them to one vector, which comes from the name of the class. Three controls test 
     python lsg.py --task spherical
 
 Measured on cifar100, 10,000 real images, tiny scale, 4,000 steps, 3 seeds, last epoch: error 0.566 ± 0.003 with the graph of
-MiniLM, 0.564 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no significant
+MiniLM, 0.563 ± 0.006 with random vectors, 0.568 ± 0.004 without either (naive fine-tuning): no significant
 difference. docs/measurements.md has the table.
 
 Names come with the task (`names` of data.Task); none are made up. `--as-released` follows the code where it differs from these

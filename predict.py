@@ -14,7 +14,8 @@ anything is normalised. PDEs simulated at the tiny scale have fewer points; an e
                             from 0 in the order of the file; NaN is a missing value
 
 predictions.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask
-(n, H, W); other fields in the units of the files. The run's folder is all that is needed: no data, no backbone.
+(n, H, W), without the weights that the losses of tables, fsd50k and deepsea give to what is rare; other fields in the units of
+the files. The run's folder is all that is needed: no data, no backbone.
 """
 
 import io
@@ -77,6 +78,9 @@ def predict(model, task, x, where="x", batch_size=32):
         raise cli.UserError(f"{where}: the prediction of sample {finite.argmin()} is not finite: the inputs are too large.")
     if task.target == "field":
         return task.restore(out) if task.restore else out
+    # a loss with weights w learns w_k p_k / sum_j w_j p_j of classes, w p / (w p + 1 - p) of labels
+    options = getattr(task.loss, "keywords", {})
+    out = out - np.log(options.get("weights", options.get("positive", 1.0)))  # (n, K): logits of p
     return data.scores.softmax(out) if task.target == "class" else data.scores.sigmoid(out)
 
 

@@ -174,8 +174,8 @@ def lock(folder):
 
 
 def checksum(split):
-    """CRC-32 of the first samples of a Split, by which --resume notices other data of the same size."""
-    crc = 0
+    """CRC-32 of all targets and the first inputs of a Split, by which --resume notices other data of the same size."""
+    crc = 0 if isinstance(split.y, data.Lazy) else zlib.crc32(split.y.cpu().numpy())
     for index in torch.arange(min(8, len(split)), device=split.device).split(1):  # one at a time: psicov's have 57 MB
         for part in (split.x, split.y):
             crc = zlib.crc32(split.rows(part, index).cpu().numpy(), crc)
@@ -521,9 +521,11 @@ class Run:
         self.write_history()
 
     def write_best(self, weights, **about):
-        """best.safetensors: the weights of a model, and JSON values about it."""
+        """best.safetensors: the weights of a model, and facts about it as JSON."""
+        plain = lambda value: value.tolist()  # numbers and arrays of numpy, in a task of one's own
+        about = {name: json.dumps(value, default=plain) for name, value in about.items()}
         weights = {name: value.contiguous() for name, value in weights.items()}
-        write(self.best_file, to_safetensors(weights, {name: json.dumps(value) for name, value in about.items()} or None))
+        write(self.best_file, to_safetensors(weights, about or None))
 
     def write_history(self):
         rows = [{"stage": 1, **row} for row in self.stage1] + self.history

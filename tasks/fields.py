@@ -11,6 +11,7 @@ import numpy as np
 
 from cli import Missing, UserError
 from tasks.files import (
+    DOWNLOADS,
     check,
     check_shape,
     kept,
@@ -55,7 +56,7 @@ def read_darcy(data_dir, cache):
     splits = []
     for name, n in (("smooth1", 1000), ("smooth2", 100)):
         path = locate(data_dir, f"piececonst_r421_N1024_{name}.mat")
-        splits.append(kept_of_file(cache, f"darcy-{name}", path, functools.partial(darcy_pairs, path, n)))
+        splits.append(kept_of_file(cache, f"darcy-{name}", path, functools.partial(darcy_pairs, path, n), n))
     train, test, changes = darcy_fields(*splits)
     return train, test, "official", changes
 
@@ -167,6 +168,9 @@ def read_cosmic(data_dir, cache):
     splits = []
     for name in ("train", "test"):
         root, x, y = locate(data_dir, f"npy_{name}"), [], []
+        if (archive := Path(data_dir) / DOWNLOADS[f"cosmic_{name}"].file).exists():  # it is removed once all of it is unpacked
+            again = f"Repeat `python data.py --prepare cosmic --data-dir {data_dir}`, or remove the archive."
+            raise UserError(f"{root} may be incomplete: {archive} is still there.\n{again}")
         for sky_file in sorted(root.glob("f435w/**/sky.npy")):
             folder = sky_file.parent
             if not {folder.name, f"{folder.parent.name}_{folder.name}"} & GALAXIES:
@@ -312,7 +316,7 @@ def read_pde(data_dir, cache, file, x, y, y_test=None, every=1, normalise=False)
     with reading(path, "HDF5 file"), h5py.File(path) as h5:
         check_grid(path, h5, sorted({time for _, time, *_ in (*x, *y, *(y_test or []))} - {None}))
 
-    x_all, y_all = kept_of_file(cache, Path(file).stem + "-released" * bool(y_test), path, make)
+    x_all, y_all = kept_of_file(cache, Path(file).stem + "-released" * bool(y_test), path, make, x, y, y_test, every)
     if len(x_all) < 10:
         raise UserError(f"{path} has {len(x_all)} samples; ten are needed for a training and a test set.")
     if file == ADVECTION:

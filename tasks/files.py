@@ -302,9 +302,11 @@ def read_text(path):
 
 
 def locate(data_dir, name):
-    """The file or folder `name` in data_dir, at most three folders deep. Raises Missing."""
+    """The file or folder `name` in data_dir, at most three folders deep. Raises Missing, or UserError if there are several."""
     for depth in range(DEPTH):
         if found := find(data_dir, "*/" * depth + name):
+            if len(found) > 1:
+                raise UserError(f"{found[0]} and {found[1]}: which one?\nGive a --data-dir that holds one of them.")
             return found[0]
     raise Missing(f"no {name} in {data_dir}.")
 
@@ -357,9 +359,10 @@ def kept(cache, name, what, make):
     return tuple(map(map_cached, paths))
 
 
-def kept_of_file(cache, name, file, make):
-    """The two arrays that `make()` reads from a large `file`, cached until the file changes."""
-    key = hashlib.sha256(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+def kept_of_file(cache, name, file, make, *what):
+    """The two arrays that `make()` reads from a large `file`, cached until the file, or `what` is read of it, changes."""
+    key = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns} {what}"
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
     return kept(cache, f"{name}-{key}", f"reading what is needed of {file}", make)
 
 
@@ -502,7 +505,7 @@ def unpickle_entries(path, *names):
     """These entries of the dictionary in a pickle. Raises UserError if there is no such entry."""
     content = unpickle(path)
     if not isinstance(content, dict) or not set(names) <= content.keys():
-        have = sorted(content) if isinstance(content, dict) else type(content).__name__
+        have = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} has the entries {have}; expected {' and '.join(map(repr, names))}.")
     return [content[name] for name in names]
 

@@ -162,6 +162,8 @@ def read_fsd50k(data_dir, cache):
     table = locate(data_dir, "chunks/tr.csv")
     number, label_file = fsd50k_numbers(data_dir)
     noises = find(table.parent.parent / "noise_22050", "**/*.wav")
+    if not noises:
+        print(f"fsd50k: no noise_22050 in {table.parent.parent}: training without the noise that is mixed in.")
 
     def clips(path):
         """The chunks of each clip, and its labels (clips, 200)."""

@@ -190,6 +190,9 @@ def test_budget_shows_how_far_training_has_levelled_off(use, runs, tmp_path, cap
     (run / "metrics.jsonl").write_text("".join(json.dumps({"val": v}) + "\n" for v in val))
     found = use("budget", run, runs / PARE)
     assert [len(names) for names in found.values()] == [2] and "| 0.4000 | 20% |" in capsys.readouterr().out
+    (run / "metrics.jsonl").write_text(10 * (json.dumps({"val": 0.0}) + "\n"))  # a saturated table
+    use("budget", run)
+    assert "| 0.0000 | 0% |" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(use, results, runs, tmp_path):

@@ -82,6 +82,16 @@ def test_a_forbidden_folder_costs_two_lines(capsys, number):
     assert stop.value.code == 2 and f"/somewhere: {os.strerror(number)}.\nCheck its permissions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", [PermissionError, FileNotFoundError])
+def test_a_library_may_set_no_file_name(capsys, kind):
+    def forbidden():
+        raise kind("unable to open x.h5")  # as h5py and safetensors do
+
+    with pytest.raises(SystemExit) as stop:
+        cli.guarded(forbidden)
+    assert stop.value.code == 2 and "unable to open x.h5.\nCheck the permissions" in capsys.readouterr().err
+
+
 def test_an_option_of_several_numbers_needs_one(script, tmp_path):
     assert "--sigmas needs at least one number" in script("contrast.py", "--sigmas", out=tmp_path, code=2)
 

@@ -12,7 +12,7 @@ from official import MULT, SINGLE, dev, full, write_cosmic, write_darcy, write_p
 
 import cli
 import data
-from tasks import pde
+from tasks import fields, files, pde
 
 # ---- darcy
 
@@ -147,6 +147,15 @@ def test_damaged_tiles_are_named(tmp_path):
         full("cosmic", tmp_path)
 
 
+def test_tiles_beside_their_archive_may_be_incomplete(tmp_path):
+    write_cosmic(tmp_path)
+    archive = tmp_path / files.DOWNLOADS["cosmic_train"].file
+    archive.parent.mkdir(exist_ok=True)
+    archive.touch()
+    with pytest.raises(cli.UserError, match="train.tar is still there.\nRepeat `python data.py --prepare cosmic"):
+        full("cosmic", tmp_path)
+
+
 # ---- PDEBench
 
 
@@ -167,6 +176,15 @@ def test_pde_single_files_give_the_first_snapshot_and_the_right_later_one(tmp_pa
         x_raw, y_raw, test_raw = ((v - mean) / std for v in (x_raw, y_raw, test_raw))
     assert np.allclose(x[:, 0], x_raw, rtol=1e-5, atol=1e-4) and np.allclose(y[:, 0], y_raw, rtol=1e-5, atol=1e-4)
     assert np.allclose(loaded.test.y[:, 0], test_raw, rtol=1e-5, atol=1e-4)
+
+
+def test_another_snapshot_or_grid_of_a_file_that_was_read_before_is_read_anew(tmp_path):
+    write_pde("burgers1d", tmp_path)
+    name = next(tmp_path.glob("*.hdf5")).name
+    first, cache = [("tensor", 0)], tmp_path / "cache"
+    read = lambda time, every: fields.read_pde(tmp_path, cache, name, first, [("tensor", time)], every=every)
+    (x, y), (_, later), (coarse, _) = (read(time, every)[0] for time, every in ((10, 1), (11, 1), (10, 2)))
+    assert np.allclose(later - y, 1) and coarse.shape[-1] == x.shape[-1] // 2
 
 
 @pytest.mark.parametrize("task", MULT)

@@ -167,7 +167,7 @@ def test_the_other_pictures_can_be_drawn(use, runs, monkeypatch, capsys):
     use("source", runs / PARE, data_dir="data")
     use("probe", runs / PARE, runs / NAIVE, data_dir="data", picture=False)
     printed = capsys.readouterr().out
-    probed = [line.split("|")[4].split()[0] for line in printed.splitlines() if line.startswith("| cifar100")]
+    probed = [line.split("|")[5].split()[0] for line in printed.splitlines() if line.startswith("| cifar100")]
     assert f"cifar100, pare: probe error {probed[0]}" in printed and len(probed) == 2
     use("forgetting", runs / PARE, runs / NAIVE, data_dir="data")
 
@@ -215,9 +215,11 @@ def test_the_probe_measures_what_a_run_left_of_the_source(script, tmp_path, caps
     torch.save({"net": {f"model.encoder.{k}": v for k, v in pretrained.items()}}, kept / "last.pt")
     figures.probe(figures.Args("probe", (str(naive), str(kept)), str(tmp_path / "data")))
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
-    errors = {row[1]: (float(row[3].split()[0]), float(row[4])) for row in table}
+    errors = {row[1]: (float(row[4].split()[0]), float(row[5])) for row in table}
     assert errors["pare"][0] == errors["pare"][1] == errors["naive"][1] < 0.85
     assert 0 <= errors["naive"][0] < 0.9 and errors["naive"][0] != errors["naive"][1]
+    with pytest.raises(cli.UserError, match="have a seed twice"):
+        figures.probe(figures.Args("probe", (str(naive), str(naive)), str(tmp_path / "data")))
     with pytest.raises(cli.UserError, match="holds no finished run"):
         figures.probe(figures.Args("probe", (str(tmp_path),), str(tmp_path / "data")))
 

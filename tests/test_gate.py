@@ -101,6 +101,13 @@ def test_one_training_sample_is_too_few(monkeypatch):
     refused(monkeypatch, "1 training samples; expected two or more", (X[:1], Y[:1]))
 
 
+def test_images_are_uint8_in_both_sets_or_in_neither(monkeypatch):
+    images = RNG.integers(0, 256, X.shape, dtype=np.uint8)
+    for train, test in ((images, X), (X, images), (images, images.astype(np.float32))):  # only uint8 is divided by 255
+        refused(monkeypatch, "images are uint8, the others are not", (train, Y), (test, Y))
+    assert own(monkeypatch, (images, Y), (images, Y)).test.inputs(torch.arange(40)).max() <= 1
+
+
 def test_masked_ragged_arrays_are_refused(monkeypatch):
     refused(monkeypatch, "masked", (np.ma.masked_greater(X, 1), Y))
     refused(monkeypatch, "not an array of numbers", ([[1.0], [1.0, 2.0]] * 20, Y))
@@ -433,6 +440,16 @@ def test_nothing_is_found_in_folders_of_the_system(tmp_path):
     hidden = tmp_path / ".data"  # the data folder itself may be hidden
     (hidden / "npy_train").mkdir(parents=True)
     assert files.locate(hidden, "npy_train") == hidden / "npy_train"
+
+
+def test_one_of_two_files_with_the_same_name_is_not_chosen(tmp_path):
+    for folder in ("satellite", "backup"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.npy").touch()
+    with pytest.raises(UserError, match=r"backup/x.npy and .*satellite/x.npy: which one\?\nGive a --data-dir"):
+        files.locate(tmp_path, "x.npy")
+    (tmp_path / "x.npy").touch()  # the nearest one counts
+    assert files.locate(tmp_path, "x.npy") == tmp_path / "x.npy"
 
 
 @pytest.mark.parametrize("error, match, advice", [

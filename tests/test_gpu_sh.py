@@ -37,8 +37,9 @@ def test_all_steps_run_on_a_cpu_and_a_killed_script_goes_on(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = (out / "tests.json").stat().st_mtime_ns
-    said, wrong = start(*options).communicate(timeout=900)
-    assert said.splitlines()[-1] == "left: nothing", said + wrong
+    process = start(*options)
+    said, wrong = process.communicate(timeout=900)
+    assert said.splitlines()[-1] == "left: nothing" and process.returncode == 0, said + wrong
     assert (out / "tests.json").stat().st_mtime_ns == before and "tests            done" in said
     rows = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert rows.keys() == STEPS and all(row["device"] == "cpu" and row["output"] for row in rows.values())

@@ -3,6 +3,7 @@
 test_matrix.py does the same for every task and method on toy data and simulated fields.
 """
 
+import functools
 import pickle
 import shutil
 
@@ -19,7 +20,7 @@ import cli
 import data
 import predict
 from run import load
-from tasks import tables
+from tasks import scores, tables
 
 RNG = np.random.default_rng(0)
 ONE_STEP = ["--scale", "tiny", "--mode", "probe", "--epochs", 1, "--steps-per-epoch", 1, "--batch-size", 4]
@@ -176,6 +177,31 @@ def test_images_alone_are_scaled(tmp_path):
     model, task = load(trained(tmp_path, "satellite", "--n-train", 8))
     x = RNG.integers(0, 9, (5, 1, 46), dtype=np.uint8)
     assert np.array_equal(predict.predict(model, task, x), predict.predict(model, task, x.astype(">f4")))
+
+
+@pytest.mark.parametrize("target, loss", [
+    ("class", functools.partial(scores.cross_entropy, weights=(3.0, 0.5, 1.0))),
+    ("class", scores.cross_entropy),
+    ("labels", functools.partial(scores.presence, positive=10.0)),
+])  # fmt: skip
+def test_probabilities_are_shares_also_if_the_loss_has_weights(target, loss):
+    """The logits that minimise the loss on targets of one and the same input give the shares of the targets."""
+    y = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2])
+    share = torch.tensor([0.5, 0.4, 0.1])
+    y = y if target == "class" else torch.nn.functional.one_hot(y, 3).float()  # (10,) or (10, 3)
+    logits = torch.zeros(1, 3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(logits.expand(10, 3), y)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    task = data.replace(data.TASKS["satellite"], target=target, output=(3,), loss=loss)
+    answers = predict.predict(lambda x: logits.expand(len(x), 3), task, np.zeros((2, 1, 46)))
+    assert np.allclose(answers, share, atol=1e-4)
 
 
 # ---- mistakes

@@ -132,6 +132,9 @@ def test_the_sentences_about_differences_are_of_their_rows():
 
     thousand = (
         (readme, "satellite", "orca", "naive", "On satellite, ORCA is {} points better"),
+        (readme, "satellite", "recraft", "pare", "and than PaRe, by {} (p"),
+        (readme, "cifar100", "pare", "naive", "on cifar100, better than naive fine-tuning by {} (p"),
+        (results, "cifar100", "pare", "naive", "PaRe has the lowest mean, {} points lower"),
         (readme, "cifar100", "contrast", "naive", "on cifar100, by {} points, and"),
         (why, "satellite", "orca-shuffled", "orca", "permuted labels the error is {} points lower"),
         (why, "satellite", "orca-bias", "naive", "they are worth {} points"),
@@ -173,6 +176,7 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "satellite", "recraft", "scratch", "(p = 0.03) and {} points (p"),
         (readme, "satellite", "recraft", "naive", "with 1,000 series (p = 0.03) and by {} with all"),
         (readme, "satellite", "orca", "pare", "with 1,000 series (p = 0.03) and {} with all"),
+        (readme, "satellite", "recraft", "pare", "(p = 0.02) and {} (p"),
         (readme, "satellite", "orca", "scratch", "better than training from scratch, by {} and"),
         (readme, "openml23", "scratch", "naive", "from scratch is better by {} points"),
         (readme, "spherical", "pare", "naive", "On spherical, PaRe is better than naive fine-tuning by {} points"),
@@ -232,6 +236,13 @@ def test_the_measured_errors_in_a_docstring_are_of_their_rows(method):
         of = lambda m: [row["test_last"] for row in reproduce.of(measured(""), task="spherical", method=m)]
         ours, naive = (f"{np.mean(of(m)):.3f} ± {np.std(of(m), ddof=1):.3f}" for m in ("pare", "naive"))
         assert f"\nSpherical, 10,000 images: {ours} ({naive})." in (ROOT / "pare.py").read_text()
+
+
+def test_the_measured_errors_in_the_docstring_of_lsg_are_of_their_rows():
+    text = (ROOT / "lsg.py").read_text()
+    for method in ("lsg-minilm", "lsg-random", "naive"):
+        errors = [row["test_last"] for row in reproduce.of(measured(""), task="cifar100", method=method)]
+        assert f"{np.mean(errors):.3f} ± {np.std(errors, ddof=1):.3f} with" in text.replace("\n", " ")
 
 
 def test_every_mean_and_spread_in_the_docs_is_one_of_the_rows():

@@ -8,15 +8,20 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import tyro
 from helpers import METHODS, ROOT, here, result, weights
 from official import write_satellite
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cli
+import data
 import run
 
 SMALL = ["--task", "spherical", "--scale", "tiny", "--n-train", 32, "--batch-size", 16]
@@ -310,3 +315,27 @@ def test_other_data_of_the_same_size_are_noticed(tmp_path):
     del options["checksums"]  # as an earlier version wrote it
     (folder / "args.json").write_text(json.dumps(options))
     here(*command, "--resume", out=tmp_path)
+
+
+@pytest.mark.parametrize("change", ["first input", "last target"])
+def test_a_checksum_sees_all_targets(change):
+    x, y = torch.randn(40, 1, 46).numpy(), torch.arange(40).numpy() % 24
+    split = lambda: data.Split(x.copy(), y.copy(), 24, "official", data.TASKS["satellite"], "cpu")
+    before = run.checksum(split())
+    assert run.checksum(split()) == before
+    if change == "first input":
+        x[0, 0, 0] += 1
+    else:
+        y[-1] += 1
+    assert run.checksum(split()) != before
+
+
+def test_a_task_of_ones_own_may_hold_numbers_of_numpy(tmp_path):
+    task = replace(data.TASKS["cifar100"], output=(np.int64(5),), mean=tuple(np.float32([0.5, 0.4, 0.3])), std=np.ones(3))
+    x, y = np.zeros((8, 3, 32, 32), np.uint8), np.arange(8) % 5
+    loaded = data.Loaded(task, *[data.Split(x, y, 5, "official", task, "cpu")] * 3)
+    best = tmp_path / "best.safetensors"
+    run.Run.write_best(SimpleNamespace(best_file=best), {"w": torch.ones(1)}, task=data.remember(loaded))
+    with safe_open(best, "pt") as file:
+        task = data.recall("cifar100", json.loads(file.metadata()["task"]))
+    assert task.output == (5,) and task.mean == pytest.approx((0.5, 0.4, 0.3)) and task.std == (1.0, 1.0, 1.0)

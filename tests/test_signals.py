@@ -229,6 +229,16 @@ def test_fsd50k_draws_chunks_and_noise_and_masks(tmp_path):
     assert torch.allclose(noisy[1, 0, :, :101], (clean[0, 0, :, :101] + noise) / 2, atol=1e-4)
 
 
+def test_fsd50k_says_that_its_noise_is_missing(tmp_path, capsys):
+    write_fsd50k(tmp_path)
+    full("fsd50k", tmp_path)
+    assert "noise" not in capsys.readouterr().out
+    for path in tmp_path.glob("**/noise_22050/**/*.wav"):
+        path.unlink()
+    full("fsd50k", tmp_path)
+    assert "fsd50k: no noise_22050 in" in capsys.readouterr().out
+
+
 def test_bands_are_masked_where_the_draws_say():
     s, u = torch.arange(96 * 101.0).view(1, 96, 101).repeat(2, 1, 1) + 5, torch.zeros(2, 10)
     u[0, 0], u[0, 1], u[0, 2:6] = 0.6, 0.1, torch.tensor([0.999, 0.5, 0.999, 0.0])  # one round

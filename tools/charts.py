@@ -340,9 +340,10 @@ def budget(args):
     for axis, (task, curves_of) in zip(axes[0], tasks.items(), strict=True):
         for colour, (name, steps, val, result) in zip(itertools.cycle(COLOURS), curves_of, strict=False):
             axis.plot(steps, val, color=colour, linewidth=1.8, label=name)
-            before, last = min(val[: round(0.8 * len(val))]) or 1, min(val)
+            before, last = min(val[: round(0.8 * len(val))]), min(val)
+            gain = 1 - last / before if before else 0
             print(f"| {task} | {name} | {result['steps']:,} | {result['seconds'] / 60:.0f} | {last:.4f} |",
-                  f"{1 - last / before:.0%} | {result['test']:.4f} |")  # fmt: skip
+                  f"{gain:.0%} | {result['test']:.4f} |")  # fmt: skip
         axis.set_xlabel("optimizer steps")
         readable(axis)
         axis.set_title(f"{task}: {curves_of[0][3]['metric']} on validation", fontsize=11)

@@ -51,7 +51,7 @@ import common
 import data
 import pare
 from tasks import images, pde, toys
-from tools.charts import COLOURS, MANY, SOURCE, TARGET, dispatch, dots, finished, plain, save
+from tools.charts import COLOURS, MANY, SOURCE, TARGET, dispatch, dots, errors_of, finished, plain, save
 from tools.reproduce import spread
 
 
@@ -525,14 +525,19 @@ def probes(args):
 
 
 def probe(args):
-    """The probe errors as a table, mean ± standard deviation over seeds."""
-    found = {}  # (task, method, pretrained) -> [(error on the target, probe error)]
+    """The probe errors as a table, mean ± standard deviation over seeds.
+
+    Raises: UserError if runs of one task and method have the same seed or different options.
+    """
+    found = {}  # (task, method, samples) -> [(result, probe error, that of the pretrained encoder)]
     for result, error, before in probes(args):
-        found.setdefault((result["task"], result["variant"], before), []).append((result["test_last"], error))
-    print("| task | method | target test error, last epoch | probe error | pretrained | n |\n|---|---|---|---|---|---|")
-    for (task, method, before), pairs in found.items():
-        target, left = (spread(column) for column in zip(*pairs, strict=True))
-        print(f"| {task} | {method} | {target} | {left} | {before:.4f} | {len(pairs)} |")
+        key = result["task"], result["variant"], result["n_train"]
+        found.setdefault(key, []).append((result, error, before))
+    print("| task | method | samples | target test error, last epoch | probe error | pretrained | n |\n" + "|---" * 7 + "|")
+    for (task, method, samples), runs in found.items():
+        results, left, (before, *_) = zip(*runs, strict=True)
+        target = spread(errors_of(results))
+        print(f"| {task} | {method} | {samples:,} | {target} | {spread(left)} | {before:.4f} | {len(runs)} |")
 
 
 def forgetting(args):

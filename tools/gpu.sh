@@ -4,7 +4,8 @@
 #     bash tools/gpu.sh OUT [--data-dir DIR] [--minutes 25] [--device cpu] [--smallest]
 #
 # Each step writes OUT/NAME.json (its command, its output and the device), and OUT/NAME.log while it runs. A step whose JSON file
-# is there is skipped, so several short calls finish the list. --minutes: no step begins that could end later than this.
+# is there is skipped, so several short calls finish the list. --minutes: no step begins that could end later than this. The exit
+# code is 1 if a step failed or did not finish in its time.
 # --device cpu --smallest goes through all steps on a laptop, to try the script itself. --data-dir: real images, for the last steps.
 set -uo pipefail
 out="" data="" minutes=100000 device=cuda smallest=""
@@ -53,10 +54,10 @@ fi
 
 steps=() # NAME MINUTES COMMAND
 step() { steps+=("$(printf '%q ' "$@")"); } # quoted: folders may have spaces in their names
-step tests 4 -m pytest "${tests[@]}" -m cuda tests/test_cuda.py
+step tests 5 -m pytest "${tests[@]}" -m cuda tests/test_cuda.py
 for method in finetune pare mona orca; do step "step-$method" 6 $bench step $full $few --methods $method; done
-for what in "topk" "distance --samples $samples" "meta $meta"; do step "${what%% *}" 3 $bench $what --rounds 1; done
-for method in pare mona; do step "profile-$method" 3 $bench profile $full --methods $method; done
+for what in "topk" "distance --samples $samples" "meta $meta"; do step "${what%% *}" 5 $bench $what --rounds 1; done
+for method in pare mona; do step "profile-$method" 5 $bench profile $full --methods $method; done
 if [[ -n $data ]]; then # Swin-B with random weights, on real images
   for method in pare orca mona; do
     step "run-$method" 7 $method.py --task cifar100 --data-dir "$data" $swin $run --out-dir "$out/runs" --resume
@@ -74,9 +75,9 @@ done
 for s in "${steps[@]}"; do
   read -r name most command <<<"$s"
   [[ -e $out/$name.json ]] && continue
-  ((SECONDS / 60 + most > minutes)) && continue
+  ((SECONDS + 60 * most > 60 * minutes)) && continue
   began=$SECONDS
-  if eval "PYTHONUNBUFFERED=1 timeout 480 python $command" >"$out/$name.log" 2>&1; then
+  if eval "PYTHONUNBUFFERED=1 timeout $((60 * most)) python $command" >"$out/$name.log" 2>&1; then
     python - "$out/$name" "$where" "$((SECONDS - began))" "python $command" <<'PY' && echo "$name: $((SECONDS - began)) s"
 import json, os, sys
 from pathlib import Path
@@ -89,7 +90,9 @@ os.replace(path + ".part", path + ".json")
 PY
   else
     echo "$name: failed or not finished after $((SECONDS - began)) s, see $out/$name.log" >&2
+    failed=1
   fi
 done
 rest=$(left)
 echo "left:${rest:- nothing}"
+exit ${failed:-0}

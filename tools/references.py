@@ -83,7 +83,7 @@ def convnet(loaded, seed, options=()):
     """
     seed_everything("initial weights", seed)
     args = tyro.cli(cli.Args, args=["--task", loaded.task.name, "--scale", "tiny", *options])
-    args = data.complete(args, "finetune", "tiny")
+    args = data.complete(args, "finetune", args.scale)
     train, test, layers, width = loaded.train, loaded.test, [], loaded.train.shape[0]
     for out, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
         layers += [nn.Conv2d(width, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]

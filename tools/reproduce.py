@@ -112,7 +112,7 @@ def refer(method, args, task, seed, out):
     """One run of a reference, on the split of the methods with this seed. Does nothing if it does not fit the task."""
     began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
     loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
-    error = references.refer(method, loaded, seed, shlex.split(args.options))
+    error = references.refer(method, loaded, seed, ["--scale", args.scale, *shlex.split(args.options)])
     if error is not None:
         row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
                "data": loaded.train.kind, "scale": args.scale, "n_train": len(loaded.train),

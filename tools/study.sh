@@ -3,13 +3,14 @@
 #
 # DATA_DIR holds cifar100, cifar10, tiny_imagenet, satellite, conll2003 and OpenML's tables 23 and 31 (python data.py --prepare).
 # What is missing there is replaced by toy data; a study with such rows is not copied to docs/.
-# First with 1,000 samples (a run takes 1 to 13 minutes on one thread), then at the default budget (7 minutes to an hour). Two
+# First with 1,000 samples (a run takes 1 to 8 minutes on one thread), then at the default budget (5 minutes to an hour). Two
 # runs at a time, of one thread each; all of them take some days. It may be stopped at any time: finished runs are skipped, an
 # interrupted one resumes, and a run whose row is in docs/results*.csv is not repeated even if its folder is lost. The most
 # important runs come first. Runs go to OUT_DIR, OUT_DIR-1000 and so on, their rows to docs/results*.csv.
 set -euo pipefail
 trap 'exit 130' INT TERM # otherwise Ctrl-C would only end the current line
 data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
+if [[ -n ${MINILM:-} ]]; then MINILM=$(realpath "$MINILM"); export MINILM; fi
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 run() { # NAME of the study ("", -1000, -2000), options of reproduce.py

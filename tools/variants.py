@@ -1,15 +1,17 @@
 """The methods to compare, and variants that differ from a method in one respect.
 
 Most variants are options. Changes that are only of use in this comparison are not options but patches: functions that modify
-the imported method file before it runs. `tools/reproduce.py` runs both and writes each variant to its own folder.
+the imported method file before it runs. `tools/reproduce.py` runs both and writes each variant to its own folder. It knows
+finished runs by the name of their variant: a variant whose command or patch changes needs a new name.
 """
 
 import os
+import shlex
 from dataclasses import replace
 
 import torch
 
-MINILM = os.environ.get("MINILM", "minilm")
+MINILM = shlex.quote(os.environ.get("MINILM", "minilm"))
 METHODS = {
     "pare": "pare.py",
     "orca": "orca.py",
