@@ -302,11 +302,11 @@ def of_one_batch(args, method):
 
     By the recipe's `accumulate`: half the --batch-size and twice the --accumulate change nothing.
     """
-    if args.scale != "full" or args.optimizer == "adamw":
-        return args.lr, args.weight_decay
     recipes = find_task(args.task).recipes
-    accumulate = recipes.get(method, recipes["orca"]).accumulate
-    return args.lr / (accumulate if args.optimizer == "sgd" else 1), args.weight_decay * accumulate
+    recipe = recipes.get(method, recipes["orca"])
+    if args.scale != "full" or args.optimizer == "adamw" or args.optimizer != recipe.optimizer:  # not scaled, or not by this
+        return args.lr, args.weight_decay
+    return args.lr / (recipe.accumulate if args.optimizer == "sgd" else 1), args.weight_decay * recipe.accumulate
 
 
 # ---------------------------------------------------------------------------------------------------------------------

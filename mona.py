@@ -129,7 +129,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     with common.autocast_off(x_t):  # a difference of nearly equal numbers needs full precision
         inner_e, inner_h, outer_e, losses, step = gradients(model, inner_loss, x_t, tokens_s, y_s, inner_lr, lambda_)
     inner_e, inner_h, outer_e = average(inner_e), average(inner_h), average(outer_e)
-    log = torch.stack([*losses, norm(outer_e) / norm(inner_e), step]).detach()
+    log = torch.stack([*losses, norm(outer_e) / norm(inner_e).clamp(min=1e-30), step]).detach()
     return [a + b for a, b in zip(inner_e, outer_e, strict=True)], inner_h, log
 
 

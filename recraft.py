@@ -156,15 +156,19 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
     fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))[:MEASURED]
     rows = []
 
+    def finite(values):
+        if not values.isfinite().all():
+            raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")
+        return values
+
     def measure(start):
         with torch.no_grad():
             p, y = predict(fixed), y_t[fixed].to(u_s.device)  # (m, K_s), (m,)
             chance = [entropies(joint_table(p, y.roll(i), classes))[2] for i in range(1, min(11, len(y)))]
             of_labels = entropies(joint_table(p, y, classes))
-            found = distance(embed_all(embedder, train, fixed)), *of_labels, sum(chance) / max(1, len(chance))
-        row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"), map(float, found), strict=True))
-        if not all(math.isfinite(value) for value in row.values()):
-            raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")
+            found = distance(finite(embed_all(embedder, train, fixed))), *of_labels, sum(chance) / max(1, len(chance))
+        found = finite(torch.tensor([float(value) for value in found])).tolist()
+        row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"), found, strict=True))
         rows.append({"epoch": len(rows), **row, "seconds": time.perf_counter() - start})
 
     measure(time.perf_counter())
@@ -175,7 +179,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
     for epoch in progress(range(args.align_epochs)):
         generator = torch.Generator().manual_seed(cli.stream("alignment", args.seed, epoch))
         start, index = time.perf_counter(), torch.randperm(n, generator=generator)[: args.align_samples]
-        take_step(optimizer, parameters, distance(embed_all(embedder, train, index)))  # line 2: OT(u_s, u_t)
+        take_step(optimizer, parameters, distance(finite(embed_all(embedder, train, index))))  # line 2: OT(u_s, u_t)
         scheduler.step()
         measure(start)
 

@@ -134,9 +134,10 @@ def embed_all(embedder, split, index):
     def embed(index):
         return embedder(split.inputs(index)).mean(1)  # (chunk, N, D) -> (chunk, D)
 
-    parts = shard(index).split(min(128, split.chunk))
+    own = shard(index)
+    parts = (own if len(own) else index[:1]).split(min(128, split.chunk))  # more processes than samples: one that is not used
     parts = [checkpoint(embed, part, use_reentrant=False) if len(parts) > 1 else embed(part) for part in parts]
-    return gather(torch.cat(parts), len(index))  # (m, D)
+    return gather(torch.cat(parts)[: len(own)], len(index))  # (m, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,10 +404,12 @@ class Run:
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def keep_stage1(self, rows, **modules):
-        """Save the weights and metrics of a finished first stage to one file."""
+        """Save the weights and metrics of a finished first stage to one file. Raises UserError if its last step diverged."""
+        weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise UserError("the last step of stage 1 diverged.\nStart again with a lower learning rate of stage 1.")
         self.stage1 = rows
         if self.rank == 0:
-            weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
             write(self.stage1_file, to_safetensors(weights, {"rows": json.dumps(rows)}))
             self.write_history()
 

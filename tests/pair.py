@@ -64,7 +64,7 @@ def alignments():
         args = data.complete(orca.Args(scale="tiny", backbone="tiny-swin", embedder_epochs=2, **options), "orca", "tiny")
         embedder = common.Embedder2d(3, 8, 16).double()
         x = torch.rand(90, 3, 16, 16, dtype=torch.float64)
-        train = SimpleNamespace(inputs=lambda index, x=x: x[index], chunk=256)
+        train = SimpleNamespace(inputs=lambda index, x=x: RefusesEmptyBatches()(x[index]), chunk=256)
         u_s, y = torch.randn(30, 8, dtype=torch.float64), torch.arange(90) % 7
         history = orca.align(embedder, u_s, torch.arange(30) % 4, train, y, args)
         found += [torch.tensor([row["distance"] for row in history]), *embedder.state_dict().values()]

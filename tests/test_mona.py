@@ -118,6 +118,13 @@ def test_lambda_0_is_embedder_warm_up_step_for_step(small):
         assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(gradient, expected, strict=True)) and log[3] == 0
 
 
+def test_one_class_has_no_inner_gradient_and_a_finite_log(small):
+    model, _, x, y, *source = small
+    for way in ("exact", "finite-difference"):
+        gradient, _, log = mona.meta_gradient(model, lambda out, y: 0 * out.sum(), x, y, *source, ALPHA, LAMBDA, way)
+        assert log.isfinite().all() and all(g.isfinite().all() for g in gradient)
+
+
 def test_first_order_leaves_nothing_of_the_outer_loss(small):
     """MAML's shortcut holds theta* constant; L_outer then knows nothing of the target embedder: stage 1 is warm-up."""
     model, loss, x, y, tokens_s, y_s = small

@@ -89,6 +89,13 @@ def test_a_first_stage_has_the_published_rate_of_one_batch():
         assert twice == pytest.approx((2 * lr, decay))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_optimizer_that_replaces_the_published_one_has_the_rate_that_is_given(optimizer):
+    args = data.complete(orca.Args(task="spherical", scale="full", optimizer=optimizer), "orca", "full")
+    published_one = data.complete(orca.Args(task="spherical", scale="full"), "orca", "full")  # AdamW
+    assert data.of_one_batch(args, "orca") == (published_one.lr, published_one.weight_decay)
+
+
 def test_recraft_aligns_as_released():
     found = {}
     for name in ("cifar100", "spherical", "psicov", "deepsea", "openml31"):

@@ -204,6 +204,11 @@ def test_a_run_that_diverges_is_told_and_keeps_nothing(tmp_path):
         here("finetune.py", *wild, "--lr", 1e30, out=tmp_path)
     with pytest.raises(cli.UserError, match="Lower --embedder-lr"):
         here("orca.py", *wild, "--embedder-lr", 1e30, "--objective", "mmd", "--embedder-epochs", 3, out=tmp_path)
+    with pytest.raises(cli.UserError, match="the last step of stage 1 diverged"):
+        here("orca.py", *wild, "--embedder-lr", 1e39, "--objective", "mmd", "--embedder-epochs", 1, out=tmp_path)
+    for rate in ("--embedder-lr", "--label-lr"):
+        with pytest.raises(cli.UserError, match="Lower --embedder-lr or --label-lr"):
+            here("recraft.py", *wild, rate, 1e39, "--align-epochs", 1, out=tmp_path)
     assert not [*tmp_path.glob("*/last.pt"), *tmp_path.glob("*/stage1.safetensors")]
 
 
