@@ -65,7 +65,7 @@ class Args:
     track: Literal["tensorboard", "wandb"] | None = None
     """also log metrics.jsonl to TensorBoard or W&B, in the run's folder; needs pip install tensorboard, or pip install wandb"""
     compile: bool = False
-    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler on the CPU"""
+    """torch.compile the encoder: faster from the second epoch on; needs a C++ compiler"""
     checkpoint: bool = False
     """activation checkpointing, for small GPUs: recompute activations in the backward pass. Not in first stages,
     and not with finetune.py --mode lora"""

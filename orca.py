@@ -52,10 +52,11 @@ class Args(cli.Args):
     """the distance to minimise. otdd-gaussian: W^2 between normal distributions. mmd, l2: distance of each target class to all
     source samples, whatever their labels"""
     reg: float | None = None
-    """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official), for GPUs; 0 (tiny): exact
-    linear programs, faster on CPUs"""
+    """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official; with --as-released), for GPUs;
+    0 (tiny): exact linear programs, faster on CPUs"""
     classes_per_problem: int | None = None
-    """target classes in one transport problem. Default: all, as OTDD is defined (tiny); 10 (full), to save time and memory"""
+    """target classes in one transport problem. Default: all, as OTDD is defined (tiny); 10 (full), to save time and memory.
+    Always 1 with --as-released, mmd and l2"""
     max_samples: int | None = None
     """samples of a target class in an embedder epoch, drawn anew in each"""
     source_samples: int | None = None

@@ -56,14 +56,15 @@ class Args(cli.Args):
     label_epochs: int | None = None
     """epochs of feature-label distortion. With --align-epochs 0 --label-epochs 0: naive fine-tuning"""
     distortion: Literal["mutual", "entropy"] = "mutual"
-    """mutual: maximise I(Z; Z'). entropy: minimise H(Z | Z'), as released; its minimum is collapse"""
+    """mutual: maximise I(Z; Z'). entropy: minimise H(Z | Z'), whose minimum is collapse; always with --as-released"""
     embedder_lr: float | None = None
     """learning rate of feature alignment, divided by 5 after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr
     itself where it is above 1e-3; --lr before its scaling for gradient accumulation"""
     label_lr: float = 1e-4
     """learning rate of feature-label distortion"""
     reg: float | None = None
-    """entropic strength of OT. Default: 0.1 (full, official), for GPUs; 0 (tiny): a linear program, faster on CPUs"""
+    """entropic strength of OT. Default: 0.1 (full, official; with --as-released), for GPUs; 0 (tiny): a linear program, faster
+    on CPUs"""
     align_samples: int | None = None
     """target samples in a step of feature alignment, drawn anew in each. Default: 128; psicov and deepsea (full) 64"""
     label_samples: int | None = None
@@ -91,7 +92,8 @@ def encode(encoder, autocast, embedder, split, index):
 def train_source_predictor(features_s, y_s, args, text):
     """Line 1: train h_s, a linear layer on source features (n, F) with labels y_s (n,), for 300 steps on all samples.
 
-    As released: 20 epochs in batches of 4; for text 30, with softmax applied twice: predictions are nearly uniform (R9).
+    As released: 20 epochs in batches of 4 at a constant rate; for text 30, with softmax applied twice: predictions are nearly
+    uniform (R9).
     """
     with torch.random.fork_rng(devices=[]):
         seed_everything("source predictor", args.seed)

@@ -10,7 +10,7 @@ Figures of the PaRe paper (RUN: a run of pare.py, except for landscape):
     python tools/figures.py embeddings RUN        1c: t-SNE of source, intermediate and target samples
     python tools/figures.py patches RUN           4: the patches that the gate keeps
 
-Figures of the MoNA paper: how much knowledge of the source, CIFAR-10, is left after a run
+Figures of the MoNA paper: how much knowledge of the source (CIFAR-10; discrepancy: Tiny-ImageNet) is left after a run
 
     python tools/figures.py probe RUN...          linear-probe error, as a table
     python tools/figures.py source RUN...         2: t-SNE of CIFAR-10 before and after fine-tuning
@@ -66,7 +66,7 @@ class Args:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """folders of finished runs. discrepancy: tasks; default cifar100 spherical darcy shallow_water2d"""
     data_dir: str = "datasets"
-    """folder with the data of the runs and CIFAR-10"""
+    """folder with the data of the runs and CIFAR-10; discrepancy: Tiny-ImageNet and the tasks; scores: CIFAR-100"""
     out: str = str(ROOT / "docs")
     """output folder; the file name is WHAT.png"""
     out_dir: str = "runs"
