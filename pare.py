@@ -59,8 +59,8 @@ class Args(cli.Args):
     temperature: float = 0.9
     """temperature of the relaxed top-k that gives the gate its gradient; lower is closer to the hard top-k"""
     gate_noise: float | None = None
-    """scale of Gumbel noise on the scores. Default: 0; with --as-released the official 1, which is larger than the range (0, 1) of
-    the scores: the choice is nearly random"""
+    """scale of Gumbel noise on the scores. Default: 0; with --as-released the official 1, larger than the range (0, 1) of the
+    scores: the choice is nearly random"""
 
 
 class Gate(nn.Module):
