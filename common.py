@@ -254,16 +254,17 @@ def attention_rollout(encoder, tokens, alpha=0.5):
     merging, a token's share is divided equally among the four that it was made of. Values are non-negative and sum to 1;
     without a gradient. Costs one forward pass, and the attention computed a second time.
     """
-    r = None
-    for A, index in reversed(encoder.attentions(tokens)):  # A (B, nW, T, T), index (nW, T)
-        n = index.numel()
-        r = A.new_full((len(A), n), 1 / n) if r is None else r
-        if r.shape[1] < n:
-            side = round(r.shape[1] ** 0.5)
-            r = r.view(-1, side, side).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1) / 4  # (B, n)
-        share = r[:, index]  # (B, nW, T)
-        share = (1 - alpha) * share + alpha * (share[:, :, None] @ A)[:, :, 0]  # A^T r, (B, nW, T)
-        r = torch.empty_like(r).index_copy(1, index.flatten(), share.flatten(1))  # (B, n), in the order of the tokens
+    r, attentions = None, encoder.attentions(tokens)
+    with autocast_off(tokens):  # differences between scores are small
+        for A, index in reversed(attentions):  # A (B, nW, T, T), index (nW, T)
+            n = index.numel()
+            r = A.new_full((len(A), n), 1 / n) if r is None else r
+            if r.shape[1] < n:
+                side = round(r.shape[1] ** 0.5)
+                r = r.view(-1, side, side).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1) / 4  # (B, n)
+            share = r[:, index]  # (B, nW, T)
+            share = (1 - alpha) * share + alpha * (share[:, :, None] @ A)[:, :, 0]  # A^T r, (B, nW, T)
+            r = torch.empty_like(r).index_copy(1, index.flatten(), share.flatten(1))  # (B, n), in the order of the tokens
     return r
 
 

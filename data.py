@@ -247,7 +247,6 @@ PROXIES = table((
     Proxy("conll2000", (text.WORDS,), "class", (8,), text.read_conll2000, toys.text, "conll2000"),
 ))  # fmt: skip
 
-
 TOY_TRAIN, TOY_TEST = 3000, 500
 SOURCE_SAMPLES = 5000  # as in the official code
 TINY_BATCH_NUMBERS = 2**26  # numbers in a batch of the tiny scale: 256 MB. Only psicov has more in 32 samples
@@ -412,11 +411,12 @@ class Split:
         All processes follow one plan, and each takes its own columns: G processes see the batches of one. Samples in files are
         read a batch ahead, in a thread.
         """
-        here = "cpu" if self.lazy else self.device  # reading files needs the indices before the device is free
-        order, u = (part[:, rank::world].to(here) for part in self.plan(steps, batch_size, seed, epoch, stage))
-        read = lambda step: (self.rows(self.x, order[step], u[step]), self.targets(order[step]))
+        order, u = (part[:, rank::world] for part in self.plan(steps, batch_size, seed, epoch, stage))
+        there, draws = order.to(self.device), u.to(self.device)  # once: a copy in each step would make the host wait
+        index = lambda part, step: order[step] if isinstance(part, Lazy) else there[step]  # files: on the host
+        read = lambda step: (self.rows(self.x, index(self.x, step), u[step]), self.rows(self.y, index(self.y, step)))
         for step, (x, y) in enumerate(files.read_ahead(read, steps) if self.lazy else map(read, range(steps))):
-            yield self._prepare(x, u[step].to(self.device)), y
+            yield self._prepare(x, draws[step]), y
 
     def in_order(self, parts):
         """x, y of the samples of each index in `parts`, not augmented. Samples in files are read a part ahead."""

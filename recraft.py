@@ -243,7 +243,7 @@ def main(args):
         features = functools.partial(encode, model.encoder.to(device).eval(), run.autocast)
         every = torch.arange(len(source_set), device=device)
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
-        with torch.no_grad():
+        with torch.no_grad(), run.eager():
             u_s = embed_all(source.embedder, source_set, every)  # (n, D)
             features_s = features(source.embedder, source_set, every)  # (n, F)
         h_s = train_source_predictor(features_s, y_s, args, source.modality == "1d")

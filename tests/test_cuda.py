@@ -106,7 +106,8 @@ def test_a_distance_on_the_device_is_that_of_the_cpu(inner, reg, device):
 
 
 RESUMED = {"naive": ["finetune"], "lora": ["finetune", "--mode", "lora"], "orca": ["orca"], "mona": ["mona"], "pare": ["pare"],
-           "contrast": ["contrast", "--contrast-epochs", 1], "lsg": ["lsg", "--gcn-steps", 20]}  # fmt: skip
+           "recraft": ["recraft"], "contrast": ["contrast", "--contrast-epochs", 1], "lsg": ["lsg", "--gcn-steps", 20],
+           "a simulated field": ["recraft", "--task", "advection1d"], "files": ["pare", "--task", "fsd50k"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("method, options", [(method, options) for method, *options in RESUMED.values()], ids=RESUMED)
@@ -133,9 +134,12 @@ def test_a_stopped_run_resumes_on_the_device(method, options, tmp_path, monkeypa
 
 
 @needs_gpu
-@pytest.mark.parametrize("method", ["finetune", "pare"])
-def test_the_loop_waits_for_the_device_where_it_says_so(method, tmp_path, monkeypatch):
-    """Synchronisations between the first and the last step of an epoch: one for each LOG_EVERY steps, in mean_loss."""
+@pytest.mark.parametrize("method, task", [("finetune", "spherical"), ("finetune", "fsd50k"), ("pare", "spherical")])
+def test_the_loop_waits_for_the_device_where_it_says_so(method, task, tmp_path, monkeypatch):
+    """Synchronisations between the first and the last step of an epoch: one for each LOG_EVERY steps, in mean_loss.
+
+    The samples of fsd50k are read from files, those of spherical are on the device.
+    """
     steps, seen = 3 * LOG_EVERY, []
     module = __import__(method)
     mean_loss = module.mean_loss
@@ -150,7 +154,8 @@ def test_the_loop_waits_for_the_device_where_it_says_so(method, tmp_path, monkey
     monkeypatch.setattr(module, "mean_loss", counted)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        here(method, "--scale", "tiny", "--n-train", 128, "--epochs", 1, "--steps-per-epoch", steps, out=tmp_path)
+        few = ["--scale", "tiny", "--n-train", 128, "--epochs", 1, "--steps-per-epoch", steps]
+        here(method, "--task", task, *few, out=tmp_path)
     torch.cuda.set_sync_debug_mode("default")
     within = [w for w in said if "synchron" in str(w.message) and w.filename.endswith((f"{method}.py", "common.py", "data.py"))]
     assert len(seen) == 3 and len(within) <= 2, [str(w) for w in within]  # the mode stays on after the last step: evaluation

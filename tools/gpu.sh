@@ -55,7 +55,7 @@ fi
 steps=() # NAME MINUTES COMMAND
 step() { steps+=("$(printf '%q ' "$@")"); } # quoted: folders may have spaces in their names
 step tests 5 -m pytest "${tests[@]}" -m cuda tests/test_cuda.py
-for method in finetune pare mona orca; do step "step-$method" 6 $bench step $full $few --methods $method; done
+for method in finetune pare mona orca; do step "step-$method" 8 $bench step $full $few --methods $method; done
 for what in "topk" "distance --samples $samples" "meta $meta"; do step "${what%% *}" 5 $bench $what --rounds 1; done
 for method in pare mona; do step "profile-$method" 5 $bench profile $full --methods $method; done
 if [[ -n $data ]]; then # Swin-B with random weights, on real images
