@@ -35,6 +35,7 @@ voc=(--options="--source cifar10") # PaRe's source on fields: VOC, the published
 images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15 --lr 1e-3")
 series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
 run "${images[@]}" --methods "${methods[@]}" contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random
+run "${images[@]}" --seeds 5 --methods naive pare orca mona
 run "${series[@]}" --methods naive orca naive-bias orca-shuffled orca-bias contrast-stage1
 run "${series[@]}" --methods "${methods[@]}" contrast recraft-align
 run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
@@ -64,11 +65,11 @@ run "" --tasks advection1d satellite --methods "${methods[@]}"
 run "" --tasks cifar100 --methods "${methods[@]}" "${names[@]}"
 run "" --tasks cifar100 satellite --methods "${contrast[@]}"
 run "" --tasks darcy --methods "${methods[@]}" "${voc[@]}"
-run "" --tasks spherical openml23 openml31 burgers1d diffusion_reaction1d --methods "${methods[@]}"
+run "" --tasks openml23 openml31 --seeds 5 --methods "${methods[@]}" contrast boosting logistic
+run "" --tasks spherical burgers1d diffusion_reaction1d --methods "${methods[@]}"
 run "" --tasks shallow_water2d --methods "${methods[@]}" "${voc[@]}"
 run "" --tasks advection1d --methods mean input fourier
 run "" --tasks advection1d --methods naive-bias
-run "" --tasks satellite openml23 openml31 --methods boosting logistic
-run "" --tasks openml23 openml31 --methods contrast
+run "" --tasks satellite --methods boosting logistic
 run "" --tasks cifar100 spherical --methods convnet
 exit ${failed:-0} # 1: run the same command again to repeat what failed
