@@ -60,6 +60,7 @@ METHODS = {
     "mona-plain": "mona.py --lambda 0",  # embedder and predictor are warmed up, nothing else
     "mona-alpha1": "mona.py --inner-lr 1",
     "mona-e10": "mona.py --meta-epochs 10",
+    "mona-plain-e10": "mona.py --meta-epochs 10 --lambda 0",
     # ---- PaRe: rows of docs/paper-vs-code.md
     "pare-end": "pare.py --k-end 0.16",  # P2: k decreases to 500 of 3136, as in the official code
     "pare-share": "pare.py --ratio k/N",  # P3
