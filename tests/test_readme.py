@@ -158,6 +158,8 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "cifar100", "pare-random", "naive-random", "PaRe by {}."),
         (results, "cifar100", "mona-plain", "mona", "lambda = 0) the error is the same, {} points"),
         (results, "cifar100", "mona-alpha1", "mona", "alpha = 1 is {} points worse"),
+        (results, "cifar100", "mona-e10", "mona", "150 steps, MoNA is {} points better"),
+        (results, "cifar100", "mona-plain-e10", "mona-e10", "`mona-plain-e10` is as good ({} points"),
         (results, "cifar100", "pare-frozen-gate", "pare", "a gate that is not trained {} points"),
         (results, "cifar100", "pare-end", "pare", "official code, is better by {} points"),
         (results, "cifar100", "orca-one-class", "orca", "one target class per problem ({} points better"),

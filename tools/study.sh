@@ -39,7 +39,7 @@ run "${images[@]}" --seeds 5 --methods naive pare orca mona
 run "${series[@]}" --methods naive orca naive-bias orca-shuffled orca-bias contrast-stage1
 run "${series[@]}" --methods "${methods[@]}" contrast recraft-align
 run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
-run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-alpha1
+run "${images[@]}" --methods orca-one-class orca-e5 orca-e60 orca-freeze-embedder mona-plain mona-e10 mona-plain-e10 mona-alpha1
 run "${images[@]}" --methods naive-released naive-test orca-released pare-released naive-mean naive-sum
 run "${images[@]}" --methods pare-frozen-gate pare-chance pare-highest pare-share pare-end pare-noise
 run "${series[@]}" --methods boosting logistic
