@@ -303,7 +303,7 @@ def of_one_batch(args, method):
     """
     recipes = find_task(args.task).recipes
     recipe = recipes.get(method, recipes["orca"])
-    if args.scale != "full" or args.optimizer == "adamw" or args.optimizer != recipe.optimizer:  # not scaled, or not by this
+    if args.scale != "full" or args.optimizer == "adamw" or args.optimizer != recipe.optimizer:  # nothing was scaled by it
         return args.lr, args.weight_decay
     return args.lr / (recipe.accumulate if args.optimizer == "sgd" else 1), args.weight_decay * recipe.accumulate
 

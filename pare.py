@@ -52,8 +52,8 @@ class Args(cli.Args):
     """fraction that k falls to. Default: 0, as in the paper; with --as-released that of the official configuration, 500 of 3136
     for images"""
     ratio: Literal["k/k0", "k/N"] | None = None
-    """lambda, the weight of the source label: k/k0 (default, paper) starts at 1, k/N (code; default
-    with --as-released) is the share of source tokens"""
+    """lambda, the weight of the source label: k/k0 (default, paper) starts at 1, k/N (code; default with
+    --as-released) is the share of source tokens"""
     mix_weight: float | None = None
     """weight of L_mix in the total loss. Default: the official 1 (2D classification), 0.3 (2D fields), 0.1 (1D)"""
     temperature: float = 0.9
