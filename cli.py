@@ -27,7 +27,8 @@ LARGEST = {"k_begin": 1, "k_end": 1, "seed": 2**32 - 1, "gate_noise": 1e3, "clip
            "cutmix": 1, "crop": 1, "label_smoothing": 1}  # fmt: skip
 
 
-NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
+             errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG}  # fmt: skip
 
 
 class UserError(Exception):

@@ -52,7 +52,8 @@ class Args(cli.Args):
     """The options of the proposal; those that all methods share are in cli.Args."""
 
     contrast_epochs: int = 5
-    """passes over the training samples in stage 1; 0: none. With --k-begin 0 as well: naive fine-tuning, with PaRe's recipe"""
+    """passes over the training samples in stage 1; 0: none. With --k-begin 0 --k-end 0 as well: naive fine-tuning, with PaRe's
+    recipe"""
     contrast_samples: int = 128
     """samples in a step of stage 1, two views of each. 128 views pass the encoder at once: only values below 64 save memory"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.4)
@@ -189,9 +190,9 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
             )
         return loss
 
-    def measure(start):
+    def measure(seconds):
         with torch.no_grad():
-            seed_everything("measured", args.seed)  # the same views each time
+            seed_everything("measured", args.seed + rank)  # the same views each time; those of another process differ
             twice = fixed[:size].repeat_interleave(2)  # (2 B,)
             loss, z = loss_of(embed_all(noised, train, twice), twice), embed_all(encode, train, fixed)  # z (m, F)
             unit, same = F.normalize(z, dim=1), y[fixed][:, None] == y[fixed]  # (m, m)
@@ -201,9 +202,9 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         if not all(map(math.isfinite, found)):
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr.")
         names = "contrast", "cosine, equal labels", "cosine, others"
-        rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": time.perf_counter() - start})
+        rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": seconds})  # of training alone
 
-    measure(time.perf_counter())
+    measure(0.0)
     optimizer = make_optimizer(embedder, data.of_embedder(args, "contrast"))  # ORCA's rule: 10 times --lr
     for epoch in progress(range(args.contrast_epochs)):
         seed_everything("contrast", args.seed, epoch, rank)
@@ -211,7 +212,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         for index in order.to(y.device):
             twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)
             take_step(optimizer, parameters, loss_of(embed_all(noised, train, twice), twice))  # line 4
-        measure(start)
+        measure(time.perf_counter() - start)
     return rows
 
 
@@ -294,8 +295,9 @@ def main(args):
         with run.eager():
             rows = learn_embedder(embedder, encode, train, y, args, run.progress, run.rank)
         run.keep_stage1(rows, embedder=embedder)
-        summary = ", ".join(f"{name} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}" for name in list(rows[0])[1:-1])
-        print(f"contrast {summary} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
+        begin, end, seconds = rows[0], rows[-1], sum(row["seconds"] for row in rows)
+        summary = "; ".join(f"{name} {begin[name]:.3f} -> {end[name]:.3f}" for name in list(begin)[1:-1])
+        print(f"contrast {summary.replace('contrast', 'loss')} in {len(rows) - 1} epochs, {seconds:.0f} s")
     if scores_s is not None:
         with run.autocast(), torch.no_grad():
             both = net.score(embedder(x)), scores_s

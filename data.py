@@ -79,6 +79,8 @@ class Task:
     def __post_init__(self):
         kinds = {"2d": ("images", "2D fields"), "1d": ("series", "1D fields")}[self.modality]
         object.__setattr__(self, "kind", self.kind or kinds[self.target == "field"])
+        if self.target != "class" and (self.loss is scores.cross_entropy or self.score is scores.zero_one):
+            raise UserError(f"task {self.name}: {self.target} targets need a loss, a score and a metric of their own.")
 
     @property
     def modality(self):
@@ -120,11 +122,7 @@ def pdebench(name, about, shape, output, loss=scores.nrmse, tokens=512, y_test=N
     )  # fmt: skip
 
 
-def table(rows):
-    return {row.name: row for row in rows}
-
-
-TASKS = table((
+TASKS = {task.name: task for task in (
     Task(
         "cifar100", "natural images, the control", (3, 32, 32), "class", (100,), images.read_cifar100,
         functools.partial(toys.images, size=32), (("cifar100",),), RECIPES["cifar100"],
@@ -215,7 +213,7 @@ TASKS = table((
         "diffusion_reaction2d", "patterns form: the inhibitor from the activator", (1, 128, 128), (128, 128),
         file="2D_diff-react_NA_NA.h5", x=[("data", 0, 0)], y=[("data", 100, 1)], y_test=[("data", 99, 1)],
     ),
-))  # fmt: skip
+)}  # fmt: skip
 
 
 def openml_task(number):
@@ -230,7 +228,7 @@ def openml_task(number):
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PROXIES = table((
+PROXIES = {proxy.name: proxy for proxy in (
     Proxy(
         "cifar10", (3, 32, 32), "class", (10,), images.read_cifar10, functools.partial(toys.images, size=32), "cifar10",
         mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), augment=images.crop_and_flip,
@@ -245,7 +243,7 @@ PROXIES = table((
     ),
     Proxy("conll2003", (text.WORDS,), "class", (5,), text.read_conll2003, toys.text, "conll2003"),
     Proxy("conll2000", (text.WORDS,), "class", (8,), text.read_conll2000, toys.text, "conll2000"),
-))  # fmt: skip
+)}  # fmt: skip
 
 TOY_TRAIN, TOY_TEST = 3000, 500
 SOURCE_SAMPLES = 5000  # as in the official code
@@ -278,7 +276,7 @@ def complete(args, method, scale):
         tiny = TINY_RECIPES[task.kind]
         share = 2 ** max(0, math.ceil(math.log2(tiny.batch_size * math.prod(task.shape) / TINY_BATCH_NUMBERS)))
         recipe = replace(tiny, source=recipe.source, k_begin=recipe.k_begin, k_end=recipe.k_end, mix_weight=recipe.mix_weight,
-                         batch_size=tiny.batch_size // share, accumulate=share)  # fmt: skip
+                         batch_size=max(1, tiny.batch_size // share), accumulate=share)  # fmt: skip
     squeeze = (args.epochs or recipe.epochs) / recipe.epochs  # a shorter run has the same learning rate curve, squeezed
     recipe = replace(
         recipe,

@@ -156,7 +156,7 @@ def schedule(epoch, epochs, k_begin, k_end=0):
 def limits(args, N, N_s):
     """k0 and k_end as numbers of tokens, at most N_s. Raises UserError if k would rise."""
     if args.k_end > args.k_begin:
-        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.")
+        raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.\nLower --k-end.")
     return [min(round(share * N), N_s) for share in (args.k_begin, args.k_end)]
 
 

@@ -15,7 +15,8 @@ anything is normalised. PDEs simulated at the tiny scale have fewer points; an e
 
 predictions.npy gets, in float32: probabilities of the classes (n, K), of each label (n, K), or of each pixel of a mask
 (n, H, W), without the weights that the losses of tables, fsd50k and deepsea give to what is rare; other fields in the units of
-the files. The run's folder is all that is needed: no data, no backbone.
+the files. The classes of openml<ID> are in the order of their names as text: "10" before "2". The run's folder is all that is
+needed: no data, no backbone.
 """
 
 import io

@@ -154,24 +154,13 @@ def write(path, content):
         file.write(content)
 
 
-def lock(folder):
-    """Keep other processes from writing to a run's folder as long as the returned file is open. Raises UserError if one does.
-
-    Does nothing where there are no such locks: on Windows, some network drives, and where nothing can be written.
-    """
-    try:
-        import fcntl
-
-        file = (folder / ".lock").open("w")
-    except (ImportError, OSError):
+def commit():
+    """The commit of this code, with "-dirty" if it was changed since; None if it is not the root of a git repository."""
+    root, git = Path(__file__).parent, shutil.which("git")
+    if not (git and (root / ".git").exists()):
         return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"{folder}: another process is training this run.\nWait for it, or give another --out-dir.") from error
-    except OSError:
-        pass
-    return file
+    describe = [git, "-C", root, "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
 
 
 def checksum(split):
@@ -200,7 +189,7 @@ def mean_loss(losses, split, step, epoch, args):
             order, _ = split.plan(len(losses), args.batch_size, args.seed, epoch)
             samples = order[first + i].tolist()
             raise UserError(
-                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, on training samples {samples[:8]}...\n"
+                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, samples {samples[:8]}... of the training set.\n"
                 "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would fail again."
             )
     return sum(recent) / len(recent)
@@ -280,6 +269,7 @@ class Run:
             raise UserError(f"--batch-size {self.args.batch_size} cannot be shared by {self.world} processes.")
         self.history, self.best, self.best_epoch, self.seconds = [], float("inf"), -1, 0.0
         self.stage1 = []  # a row for each epoch of a method's first stage
+        self.commit = commit()
         seed_everything("initial weights", self.args.seed)
 
     def start(self, *splits):
@@ -319,7 +309,8 @@ class Run:
     def finished_before(self, identity, splits):
         """Take the folder for this run; True if the run is finished already. Raises UserError as `start` does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = None if self.result_file.exists() else lock(self.folder)  # nothing is written to a finished run
+        busy = f"{self.folder}: another process is training this run.\nWait for it, or give another --out-dir."
+        self.lock = None if self.result_file.exists() else data.files.lock(self.folder / ".lock", busy)  # finished: read only
         identity |= {"checksums": [checksum(split) if split.kind == "official" else None for split in splits]}
         if self.begun():
             if not self.args.resume:
@@ -475,7 +466,10 @@ class Run:
                 state[k] for k in ("history", "best", "best_epoch", "seconds")
             )
             with safe_open(self.best_file, "pt") as best:
-                if json.loads((best.metadata() or {}).get("epoch", "0")) > len(self.history):
+                about = {name: json.loads(value) for name, value in (best.metadata() or {}).items()}
+                if about.get("run", self.folder.name) != self.folder.name:
+                    raise ValueError(f"{self.best_file.name} belongs to {about['run']}")
+                if about.get("epoch", 0) > len(self.history):
                     self.best = math.inf  # killed before last.pt was written: the repeated epoch was the best
         except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
             advice = "Remove the folder to start over."
@@ -526,9 +520,9 @@ class Run:
     def write_best(self, weights, **about):
         """best.safetensors: the weights of a model, and facts about it as JSON."""
         plain = lambda value: value.tolist()  # numbers and arrays of numpy, in a task of one's own
-        about = {name: json.dumps(value, default=plain) for name, value in about.items()}
+        about = {name: json.dumps(value, default=plain) for name, value in {"run": self.folder.name, **about}.items()}
         weights = {name: value.contiguous() for name, value in weights.items()}
-        write(self.best_file, to_safetensors(weights, about or None))
+        write(self.best_file, to_safetensors(weights, about))
 
     def write_history(self):
         rows = [{"stage": 1, **row} for row in self.stage1] + self.history
@@ -555,9 +549,6 @@ class Run:
             )
         batches = loaded.train.batches_in_epoch(args)
         steps = len(self.history) * math.ceil(batches / args.accumulate)  # the last window of an epoch may be short
-        git = shutil.which("git")
-        head = [git, "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-        commit = git and subprocess.run(head, capture_output=True, text=True).stdout.strip()
         result = {
             "task": args.task, "method": self.method, "scale": args.scale, "backbone": args.backbone, "source": source,
             "data": self.origin, "seed": args.seed, "metric": task.metric, "direction": "min",
@@ -567,7 +558,7 @@ class Run:
             "seconds": round(self.seconds + sum(row["seconds"] for row in self.stage1), 1),
             "samples_per_second": round(len(self.history) * batches * args.batch_size / self.seconds, 1),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-            "precision": self.precision, "torch": torch.__version__, "commit": commit or None,
+            "precision": self.precision, "torch": torch.__version__, "commit": self.commit,
         }  # fmt: skip
         if self.rank == 0:
             title = f"{self.folder.name}  ({self.origin} data)"

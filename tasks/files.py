@@ -148,64 +148,100 @@ def other_checksum(download, path):
     return None if md5 == download.md5 else f"checksum {md5}, not {download.md5}"
 
 
+def lock(path, busy):
+    """Lock a file against other processes as long as the returned file is open. Raises UserError(busy) if one has locked it.
+
+    Does nothing where there are no such locks: on Windows, some network drives, and where nothing can be written.
+    """
+    try:
+        import fcntl
+
+        file = path.open("w")
+    except (ImportError, OSError):
+        return contextlib.nullcontext()
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(busy) from error
+    except OSError:
+        pass
+    return file
+
+
 def fetch(download, data_dir):
     """Download one file into `data_dir` and unpack it there if it is an archive; an interrupted download is resumed.
 
-    Raises UserError if the server does not answer or sends too little, or if the checksum is wrong.
+    Raises UserError if the server does not answer or sends too little, if the checksum is wrong, or if another process is
+    downloading the same file.
     """
-    data_dir = Path(data_dir)
-    path = data_dir / download.file
+    path = Path(data_dir) / download.file
     path.parent.mkdir(parents=True, exist_ok=True)
+    locked = path.with_name(path.name + ".lock")
+    with lock(locked, f"{path}: another process is downloading this file.\nWait for it."):
+        try:
+            if not path.exists():
+                retrieve(download, path)
+            elif wrong := other_checksum(download, path):
+                raise UserError(f"{path} has {wrong}.\nRemove it and repeat the command.")
+            if download.is_archive:
+                unpack(download, path, Path(data_dir))
+        finally:
+            locked.unlink(missing_ok=True)
+
+
+def retrieve(download, path):
+    """Download a file to `path`, first under the name *.part. Raises UserError as `fetch` does."""
     by_hand = f" ({download.by_hand})" * bool(download.by_hand)
     part = path.with_name(path.name + ".part")
-    if not path.exists():
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            request = urllib.request.Request(download.url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                resumed = answer.status == 206
-                total = size_said(answer.headers, have * resumed)
-                with (
-                    part.open("ab" if resumed else "wb") as file,
-                    tqdm(desc=path.name, total=total or None, initial=have * resumed, unit="B", unit_scale=True) as bar,
-                ):
-                    while block := answer.read(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # 416: nothing is missing
-                raise UserError(
-                    f"{download.url} answers {error.code}.\nDownload it by hand{by_hand}: {path}, {download.megabytes:,} MB."
-                ) from error
-            total = size_said(error.headers) or have
-        except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        request = urllib.request.Request(download.url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            resumed = answer.status == 206
+            total = size_said(answer.headers, have * resumed)
+            with (
+                part.open("ab" if resumed else "wb") as file,
+                tqdm(desc=path.name, total=total or None, initial=have * resumed, unit="B", unit_scale=True) as bar,
+            ):
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is missing
             raise UserError(
-                f"{download.url} cannot be reached ({error}).\n"
-                f"Repeat the command later, or download it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+                f"{download.url} answers {error.code}.\nDownload it by hand{by_hand}: {path}, {download.megabytes:,} MB."
             ) from error
-        size = part.stat().st_size
-        if size < total:
-            raise UserError(f"{download.url} stopped after {size:,} of {total:,} bytes.\nRepeat the command to resume.")
-        if wrong := f"{size:,} of {total:,} bytes" if size > total > 0 else other_checksum(download, part):
-            part.unlink()
-            raise UserError(f"{download.url} came with {wrong}.\nIt was removed; try again.")
-        part.rename(path)
-    elif wrong := other_checksum(download, path):
-        raise UserError(f"{path} has {wrong}.\nRemove it and repeat the command.")
-    if download.is_archive:
-        try:
-            if download.unpack:
-                with zipfile.ZipFile(path) as archive:
-                    archive.extractall(path.parent)
-            else:
-                with tarfile.open(path) as archive:
-                    archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
-                    archive.extractall(data_dir)
-        except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a complete archive ({error}).\nRemove it and download it again.") from error
-        path.unlink()
+        total = size_said(error.headers) or have
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{download.url} cannot be reached ({error}).\n"
+            f"Repeat the command later, or download it by hand{by_hand}: {path}, {download.megabytes:,} MB."
+        ) from error
+    size = part.stat().st_size
+    if size < total:
+        raise UserError(f"{download.url} stopped after {size:,} of {total:,} bytes.\nRepeat the command to resume.")
+    if wrong := f"{size:,} of {total:,} bytes" if size > total > 0 else other_checksum(download, part):
+        part.unlink()
+        raise UserError(f"{download.url} came with {wrong}.\nIt was removed; try again.")
+    part.rename(path)
+
+
+def unpack(download, path, data_dir):
+    """Unpack an archive, then remove it. Raises UserError if it is damaged."""
+    try:
+        if download.unpack:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(path.parent)
+        else:
+            with tarfile.open(path) as archive:
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+                archive.extractall(data_dir)
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a complete archive ({error}).\nRemove it and download it again.") from error
+    path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

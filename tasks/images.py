@@ -15,6 +15,7 @@ import numpy as np
 
 from cli import Missing, UserError, stream
 from tasks.files import (
+    DOWNLOADS,
     check,
     drawn,
     find,
@@ -72,8 +73,12 @@ def cifar100_names(data_dir):
 
 
 def read_cifar10(data_dir, n=None, seed=0):
-    names = [f"data_batch_{i}" for i in range(1, 6)]
-    return subset(*read_cifar(data_dir / "cifar-10-batches-py", names, "labels", 10), n, seed)
+    folder, names = data_dir / "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)]
+    archive = data_dir / DOWNLOADS["cifar10"].file  # it is removed once all of it is unpacked
+    if folder.exists() and archive.exists() and not all((folder / name).exists() for name in names):
+        again = f"Repeat `python data.py --prepare cifar10 --data-dir {data_dir}`, or remove the archive."
+        raise UserError(f"{folder} is incomplete: {archive} is still there.\n{again}")
+    return subset(*read_cifar(folder, names, "labels", 10), n, seed)
 
 
 def subset(x, y, n, seed):

@@ -72,7 +72,7 @@ def test_a_process_ends_with_exit_code_2_two_lines_and_no_import_that_takes_seco
     assert "torch" in imported and not imported & {"timm", "transformers", "sklearn", "matplotlib", "ot"}
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
 def test_a_forbidden_folder_costs_two_lines(capsys, number):
     def forbidden():
         raise OSError(number, os.strerror(number), "/somewhere")

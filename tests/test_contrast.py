@@ -418,6 +418,17 @@ def test_fields_are_weighted_by_the_correlation_of_their_targets(option):
     assert slope.abs().max() > 1e-3 and torch.allclose(embedder.weight, start.weight - 0.1 * slope, atol=1e-5)
 
 
+def test_each_process_measures_its_own_views():
+    """Two processes take turns in the samples of `twice`: with the same noise, the two views of a sample would be one."""
+    x, y = np.random.default_rng(0).normal(size=(8, 1, 12)).astype(np.float32), np.arange(8) % 2
+    train, labels = data.Split(x, y, 2, "toy", data.TASKS["satellite"], "cpu"), torch.from_numpy(y)
+    args = contrast.Args(sigmas=(0.5,), contrast_epochs=0, contrast_samples=8, optimizer="sgd", momentum=0.0, weight_decay=0.0,
+                         embedder_lr=0.1, lr=1.0, scale="tiny")  # fmt: skip
+    embedder = torch.nn.Linear(12, 5)
+    losses = [contrast.learn_embedder(embedder, embedder, train, labels, args, rank=rank)[0]["contrast"] for rank in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+
+
 def stage_2_loss(seen, schedule, weight):
     """Lines 5 to 7. schedule: (k, lambda) of each epoch. Source samples: not augmented, scored by the pretrained encoder."""
     pretrained = copy.deepcopy(seen.net.model.encoder)

@@ -55,6 +55,13 @@ def test_missing_files_are_an_error_at_full_scale_and_replaced_by_toy_data_at_ti
     assert "TOY DATA" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given", [{"loss": None}, {"score": None}])
+def test_a_task_of_ones_own_with_other_targets_has_its_own_loss_and_score(given):
+    own = {name: abs for name in ("loss", "score") if name not in given}  # the default is of classes
+    with pytest.raises(cli.UserError, match="task mine: labels targets need a loss"):
+        data.Task("mine", "", (3, 8), "labels", (5,), None, None, (), {}, **own)
+
+
 def test_classes_of_ones_own_have_to_begin_at_0(tmp_path, monkeypatch):
     x, y = np.zeros((20, 3, 16), np.float32), np.arange(20) % 5
     task = data.TASKS["satellite"]

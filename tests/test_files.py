@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -57,6 +59,20 @@ def test_an_interrupted_download_is_resumed(tmp_path, server):
     assert (tmp_path / "a.zip").read_bytes() == server.content and server.asked == [0, 100_000]
     files.fetch(download, tmp_path)  # present: nothing is asked
     assert len(server.asked) == 2 and [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_file_is_downloaded_by_one_process_at_a_time(tmp_path, server):
+    server.content = RNG.bytes(5000)
+    download = files.Download(f"{server.url}/a.zip", hashlib.md5(server.content).hexdigest(), 1, ("a.zip",))
+    code = f"import fcntl; f = open({str(tmp_path / 'a.zip.lock')!r}, 'w'); fcntl.lockf(f, 2); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(cli.UserError, match="another process is downloading this file"):
+            files.fetch(download, tmp_path)
+        assert not server.asked
+        other.communicate(b"\n")
+    files.fetch(download, tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == server.content
 
 
 def test_a_server_without_ranges_starts_over_and_a_complete_part_is_taken(tmp_path, server):

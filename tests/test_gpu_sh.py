@@ -51,6 +51,7 @@ def test_all_steps_run_on_a_cpu_and_a_killed_script_goes_on(tmp_path):
 def test_mistakes_cost_a_line_or_two(tmp_path):
     for options, wrong in (
         (["--fast"], "no option --fast"), ([], "give a folder"), ([tmp_path], "no GPU is available"),
+        ([tmp_path, "--minutes", "1.5"], "whole number"), ([tmp_path, "--data-dir", tmp_path / "a/b"], "No such file"),
     ):  # fmt: skip
         process = start(*options)
         said = process.communicate(timeout=120)[1]

@@ -25,6 +25,9 @@ def test_cifar10_reads_the_batches_that_are_there(tmp_path):
     x, y = images.read_cifar10(tmp_path)
     assert x.shape == (11, 3, 32, 32) and y.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
     assert len(data.load_proxy("cifar10", tmp_path, "full", n=7)) == 7
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")  # it was being unpacked
+    with pytest.raises(cli.UserError, match="incomplete: .*cifar-10-python.tar.gz is still there"):
+        images.read_cifar10(tmp_path)
 
 
 def test_a_part_of_a_source_is_drawn_with_its_labels(tmp_path):

@@ -34,7 +34,7 @@ def test_the_confusion_matrix_has_true_classes_in_rows():
     shares = plots.shares(np.eye(3)[[0] * 10 + [1] * 5 + [0] * 5 + [2] * 10], y)
     assert np.allclose(shares, [[1, 0, 0], [0.5, 0.5, 0], [0, 0, 1]])
     assert np.allclose(plots.shares(np.eye(3)[[0]], np.array([0])), [[1, 0, 0], [0, 0, 0], [0, 0, 0]])  # two do not occur
-    for names in (("a", "b", "c"), ("a", "b"), None, str):  # two names do not fit three classes
+    for names in (("a", "$5_or_$9", "c"), ("a", "b"), None, str):  # no formula; two do not fit
         task = SimpleNamespace(target="class", names=names)
         drawn = pixels(DRAWN["predictions"]("a run", task, None, np.eye(3)[y], y))
         assert (drawn.mean(2) < 80).mean() > 0.01  # the diagonal

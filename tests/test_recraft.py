@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,7 +236,7 @@ def test_recraft_trains_the_embedder_only_and_keeps_it(script, tmp_path):
     said = script("recraft.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-recraft-tiny-swin-s0-toy"
     lines = rows(folder)
-    assert "the source predictor is right for" in said and [row.get("stage") for row in lines] == [1, 1, 1, 1, None]
+    assert "a source predictor is right for" in said and [row.get("stage") for row in lines] == [1, 1, 1, 1, None]
     assert set(lines[0]) == {"stage", "epoch", "distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"}
     assert lines[2]["distance"] < lines[0]["distance"]
     kept, source = load_file(folder / "stage1.safetensors"), common.load_source("tiny-swin")
@@ -262,9 +263,9 @@ def test_encoder_and_source_predictor_are_bit_identical_after_stage_1(tmp_path, 
         raise KeyboardInterrupt
 
     def predictor(*arguments):
-        found["before"] = train(*arguments)
-        found["weight"] = found["before"].weight.clone()
-        return found["before"]
+        trained = train(*arguments)
+        found.setdefault("weight", trained.weight.clone())  # of the first; the second is only measured
+        return trained
 
     original, train = recraft.learn_embedder, recraft.train_source_predictor
     monkeypatch.setattr(recraft, "learn_embedder", spy)
@@ -276,6 +277,25 @@ def test_encoder_and_source_predictor_are_bit_identical_after_stage_1(tmp_path, 
     source = common.load_source("tiny-swin").encoder.state_dict()
     assert all(torch.equal(value, found["encoder"][name]) for name, value in source.items()) and not found["training"]
     assert torch.equal(found["h_s"], found["weight"])
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_a_source_predictor_that_knows_nothing_is_reported(permuted, tmp_path, monkeypatch, capsys):
+    def labels(split, seed):
+        y = class_labels(split, seed=seed)
+        return y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))] if permuted else y
+
+    class_labels = data.class_labels
+    monkeypatch.setattr(data, "class_labels", labels)
+    features = lambda encoder, autocast, embedder, split, index: nn.functional.one_hot(class_labels(split, seed=0)[index], 9)
+    monkeypatch.setattr(recraft, "encode", lambda *a: features(*a).float())  # that say all of the labels
+    monkeypatch.setattr(recraft, "learn_embedder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    args = recraft.Args(scale="tiny", data_dir=str(tmp_path), out_dir=str(tmp_path), n_train=64, epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        recraft.main(args)
+    said = capsys.readouterr().out
+    right = float(re.search(r"is right for (\d\.\d\d) of held-out samples", said)[1])
+    assert ("near chance" in said) == permuted == (right < 0.2) == (right != 1)  # the samples it is trained on always fit
 
 
 def test_recraft_passes_its_options_on(tmp_path, monkeypatch):

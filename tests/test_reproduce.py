@@ -1,5 +1,6 @@
 """tools/reproduce.py, its variants and references: what it runs, skips, compares and prints."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
@@ -228,6 +229,30 @@ def test_the_layer_of_the_fourier_operator_keeps_the_lowest_frequencies(space):
     keep[(*[[-3, -2, -1, 0, 1, 2]] * (len(space) - 1), slice(3))] = 1  # k = 0, 1, 2 of the last axis, both signs of the first
     low = torch.fft.ifftn(torch.fft.fftn(v[0], dim=axes) * keep, dim=axes).real
     assert torch.allclose(v[1], v[0] + torch.nn.functional.gelu(low), atol=1e-5) and out.shape == (2, *space)
+
+
+def test_a_reference_on_toy_data_is_repeated_and_reads_what_the_methods_read(tmp_path, monkeypatch):
+    out = tmp_path / "satellite-mean-s0/result.json"
+    out.parent.mkdir()
+    args = reproduce.Args(out_dir=str(tmp_path), options="--as-released")
+    started = []
+    context = SimpleNamespace(Process=lambda target, args: started.append(args) or (_ for _ in ()).throw(KeyboardInterrupt))
+    for kind in ("toy", "official"):
+        out.write_text(json.dumps({"data": kind}))
+        with contextlib.suppress(KeyboardInterrupt):
+            assert reproduce.start(args, "satellite", "mean", 0, None, context)
+    assert len(started) == 1
+    asked = []
+
+    def load(*rest, as_released):
+        asked.append(as_released)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", load)
+    for options in ("--as-released", "--lr 1"):
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.refer("mean", dataclasses.replace(args, options=options), "satellite", 0, tmp_path)
+    assert asked == [True, False]
 
 
 def test_a_reference_is_scored_like_a_method(script, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import subprocess
 import sys
 import time
 from itertools import product
@@ -271,11 +272,33 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(script, uninterrupte
     assert (folder / "result.json").read_bytes() == before and not (folder / ".lock").exists()
 
 
+def test_the_commit_is_that_of_this_code_and_says_if_it_was_changed(tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words],
+                                        check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run.commit() is None
+    git("init", "-q")
+    (tmp_path / "run.py").write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    git("tag", "v1")
+    assert run.commit() == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "run.py").write_text("2")
+    assert run.commit() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "inside" / "run.py"))  # a copy in the repository of something else
+    assert run.commit() is None
+
+
 def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path):
     said = script("finetune.py", *SHORT[:-1], 1, out=tmp_path)
     folder = tmp_path / "spherical-naive-tiny-swin-s0-toy"
     assert "toy data" in said
     (folder / "result.json").unlink()
+    own = (folder / "best.safetensors").read_bytes()
+    (folder / "best.safetensors").write_bytes((uninterrupted[1] / "best.safetensors").read_bytes())
+    error = script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
+    assert "best.safetensors belongs to spherical-pare-tiny-swin-s0-toy" in error and len(error.splitlines()) == 2
+    (folder / "best.safetensors").write_bytes(own)
     (folder / "last.pt").write_bytes((uninterrupted[1] / "last.pt").read_bytes())
     error = script("finetune.py", *SHORT[:-1], 1, "--resume", out=tmp_path, code=2)
     assert "is not a checkpoint of this run" in error and "spherical-pare" in error

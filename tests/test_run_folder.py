@@ -335,7 +335,7 @@ def test_a_task_of_ones_own_may_hold_numbers_of_numpy(tmp_path):
     x, y = np.zeros((8, 3, 32, 32), np.uint8), np.arange(8) % 5
     loaded = data.Loaded(task, *[data.Split(x, y, 5, "official", task, "cpu")] * 3)
     best = tmp_path / "best.safetensors"
-    run.Run.write_best(SimpleNamespace(best_file=best), {"w": torch.ones(1)}, task=data.remember(loaded))
+    run.Run.write_best(SimpleNamespace(best_file=best, folder=tmp_path), {"w": torch.ones(1)}, task=data.remember(loaded))
     with safe_open(best, "pt") as file:
         task = data.recall("cifar100", json.loads(file.metadata()["task"]))
     assert task.output == (5,) and task.mean == pytest.approx((0.5, 0.4, 0.3)) and task.std == (1.0, 1.0, 1.0)

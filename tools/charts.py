@@ -21,6 +21,7 @@ From all runs of a task in the --out-dir of tools/reproduce.py:
 
 import itertools
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from tools.reproduce import apart, collect, known_methods, of, read, read_results, spread
+from tools.reproduce import apart, collect, known_methods, of, p_value, read, read_results, spread
 
 matplotlib.use("Agg")
 
@@ -152,21 +153,24 @@ def chosen(args, rows):
 
 
 def table(args):
-    """Print a Markdown table of errors at the last epoch, with p of a paired t test against naive fine-tuning, and n if not 3.
+    """Print a Markdown table of errors at the last epoch: mean ± standard deviation over n seeds.
 
-    A column is a task and a number of training samples; those with one method only are left out. Returns: column -> methods.
+    A column is a task and a number of training samples; those with one method only are left out. A cell shows n if it is not
+    that of the column, and an asterisk if p < 0.05 in a paired t test against naive fine-tuning. Returns: column -> methods.
     """
     rows, columns = rows_in(args.inputs), {}
     methods = chosen(args, rows)
     for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
-        those, cells = of(rows, task=task, n_train=n_train), {}
-        for method, errors in errors_of(those, "method").items():
-            p = apart(those, task, method).split(" | ")[1]
-            more = [f"n {len(errors)}"] * (len(errors) != 3) + [f"p {p}"] * bool(p)
-            cells[method] = spread(errors) + (f" ({', '.join(more)})" if more else "")
-        cells = {method: cell for method, cell in cells.items() if method in methods}
-        if len(cells) > 1:
-            columns[f"{task}, {n_train:,} samples: {those[0]['metric']}"] = cells
+        those = of(rows, task=task, n_train=n_train)
+        errors = {method: found for method, found in errors_of(those, "method").items() if method in methods}
+        if len(errors) < 2:
+            continue
+        n = statistics.mode(map(len, errors.values()))
+        cells = columns[f"{task}, {n_train:,} samples: {those[0]['metric']}, n = {n}"] = {}
+        for method, found in errors.items():
+            p = p_value(those, task, method)
+            star = "\\*" if p is not None and p < 0.05 else ""  # escaped: Markdown
+            cells[method] = spread(found) + star + f" (n = {len(found)})" * (len(found) != n)
     print(f"| method | {' | '.join(columns)} |\n|---" + "|---" * len(columns) + "|")
     for method in known_methods(rows):
         if any(method in cells for cells in columns.values()):

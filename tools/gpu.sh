@@ -11,8 +11,10 @@ set -uo pipefail
 out="" data="" minutes=100000 device=cuda smallest=""
 while (($#)); do
   case $1 in
-    --data-dir) data=$(realpath "${2:?a folder}") && shift ;;
-    --minutes) minutes=${2:?a number} && shift ;;
+    --data-dir) data=$(realpath -e "${2:?a folder}") || exit 2; shift ;;
+    --minutes)
+      minutes=${2:?a number} && shift
+      [[ $minutes =~ ^[0-9]+$ ]] || { echo "gpu.sh: --minutes $minutes: give a whole number" >&2 && exit 2; } ;;
     --device) device=${2:?cuda or cpu} && shift ;;
     --smallest) smallest=1 ;;
     -*) echo "gpu.sh: there is no option $1. Known: --data-dir --minutes --device --smallest" >&2 && exit 2 ;;

@@ -147,7 +147,7 @@ MUTATIONS = {
     "recraft.py": [
         ("I goes down", "loss = -information if", "loss = information if", RECRAFT),
         ("gradient of the running table not rescaled", "loss / rate)", "loss)", RECRAFT),
-        ("no running table", "(0 if pi is None else pi.detach())", "0", RECRAFT),
+        ("no running table", "(0 if P is None else P.detach())", "0", RECRAFT),
         ("labels of other samples", "y_t[index].to(u_s.device)", "y_t[index.roll(1)].to(u_s.device)", RECRAFT),
         ("--align-samples ignored", "[: args.align_samples]", "", RECRAFT),
         ("no alignment", "take_step(optimizer, parameters, distance(", "print(optimizer, parameters, distance(", RECRAFT),
@@ -377,8 +377,8 @@ MUTATIONS = {
          "test_1d_fields_are_the_values_of_each_tokens_time_steps"),
     ],
     "run.py": [
-        ("no lock", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN",
-         "test_a_second_process_does_not_write_to_the_folder_of_a_run"),
+        ("best.safetensors of another run", 'about.get("run", self.folder.name) != self.folder.name', "False",
+         "test_a_checkpoint_of_another_run_is_refused"),
         ("other data are not noticed", 'if split.kind == "official" else None', "if False else None",
          "test_other_data_of_the_same_size_are_noticed"),
         ("answers of several processes out of order", "np.concatenate(parts)[order]", "np.concatenate(parts)", PROCESSES),
@@ -526,6 +526,8 @@ MUTATIONS = {
         ("labels of satellite shifted", '"class", 24, first=1)', '"class", 24, first=0)', "test_satellite_labels_begin_at_1"),
     ],
     "tasks/files.py": [
+        ("no lock", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN",
+         "test_a_file_is_downloaded_by_one_process_at_a_time"),
         ("half a file may stay", "part.unlink(missing_ok=True)", "pass", "test_a_full_disk_leaves_no_part_of_an_array"),
         ("a file is written in place", 'part.open("wb")', 'path.open("wb")', "test_a_full_disk_keeps_what_was_saved"),
         ("of samples in files of their own only the first", "x[i] = sample", "x[0] = sample",

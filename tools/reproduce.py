@@ -111,7 +111,8 @@ def train(method, options):
 def refer(method, args, task, seed, out):
     """One run of a reference, on the split of the methods with this seed. Does nothing if it does not fit the task."""
     began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
-    loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed)
+    released = "--as-released" in shlex.split(args.options)
+    loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed, as_released=released)
     error = references.refer(method, loaded, seed, ["--scale", args.scale, *shlex.split(args.options)])
     if error is not None:
         row = {"task": task, "method": method, "seed": seed, "test": error, "test_last": error, "metric": loaded.task.metric,
@@ -143,7 +144,7 @@ def start(args, task, method, seed, device, context):
     out = folder(args.out_dir, method)
     if method in REFERENCES:
         work = refer, method, args, task, seed, out / f"{task}-{method}-s{seed}"
-        finished = list(out.glob(f"{task}-{method}-s{seed}/result.json"))
+        finished = [file for file in out.glob(f"{task}-{method}-s{seed}/result.json") if read_json(file)["data"] != "toy"]
     else:
         options = ["--task", task, "--scale", args.scale, "--seed", str(seed), "--data-dir", args.data_dir]
         options += ["--out-dir", str(out), "--resume", *shlex.split(args.options)]
@@ -282,14 +283,21 @@ def pairs(rows, task, method, base, which="test_last"):
     return [ours[seed] for seed in both], [theirs[seed] for seed in both]
 
 
+def p_value(rows, task, method, base="naive"):
+    """p of the paired t test at the last epoch, same seeds; None with fewer than three, or if all differ by the same."""
+    ours, theirs = pairs(rows, task, method, base)
+    differences = {a - b for a, b in zip(ours, theirs, strict=True)}
+    return float(ttest_rel(ours, theirs).pvalue) if len(ours) > 2 and len(differences) > 1 else None
+
+
 def apart(rows, task, method, base="naive"):
     """Two cells: difference to the base at the last epoch, same seeds, mean ± std, and p of the paired t test (3 or more)."""
     ours, theirs = pairs(rows, task, method, base)
     if method == base or len(ours) < 2:
         return " | "
     d = [a - b for a, b in zip(ours, theirs, strict=True)]
-    p = f"{ttest_rel(ours, theirs).pvalue:.2g}" if len(d) > 2 and len(set(d)) > 1 else ""
-    return f"{statistics.mean(d):+.4f} ± {statistics.stdev(d):.4f} | {p}"
+    p = p_value(rows, task, method, base)
+    return f"{statistics.mean(d):+.4f} ± {statistics.stdev(d):.4f} | {'' if p is None else f'{p:.2g}'}"
 
 
 def table(rows, task):

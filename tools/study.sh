@@ -35,7 +35,7 @@ voc=(--options="--source cifar10") # PaRe's source on fields: VOC, the published
 images=(-1000 --tasks cifar100 --n-train 1000 --options="--steps-per-epoch 15 --lr 1e-3")
 series=(-1000 --tasks satellite --n-train 1000 --options="--steps-per-epoch 40")
 run "${images[@]}" --methods "${methods[@]}" contrast contrast-stage1 contrast-stage2 contrast-stage2-gate contrast-stage2-random
-run "${images[@]}" --seeds 5 --methods naive pare orca mona scratch warmup frozen lora norms
+run "${images[@]}" --seeds 5 --methods "${methods[@]}" contrast
 run "${series[@]}" --methods naive orca naive-bias orca-shuffled orca-bias contrast-stage1
 run "${series[@]}" --methods "${methods[@]}" contrast recraft-align
 run "${images[@]}" --methods naive-random contrast-stage1-init-random orca-random mona-random pare-random
