@@ -190,7 +190,9 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
             )
         return loss
 
-    def measure(seconds):
+    def measure(start):
+        parameters[0].sum().item()  # waits for the device
+        seconds = time.perf_counter() - start  # of training, without what follows
         with torch.no_grad():
             seed_everything("measured", args.seed + rank)  # the same views each time; those of another process differ
             twice = fixed[:size].repeat_interleave(2)  # (2 B,)
@@ -202,9 +204,9 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         if not all(map(math.isfinite, found)):
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr.")
         names = "contrast", "cosine, equal labels", "cosine, others"
-        rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": seconds})  # of training alone
+        rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": seconds})
 
-    measure(0.0)
+    measure(time.perf_counter())
     optimizer = make_optimizer(embedder, data.of_embedder(args, "contrast"))  # ORCA's rule: 10 times --lr
     for epoch in progress(range(args.contrast_epochs)):
         seed_everything("contrast", args.seed, epoch, rank)
@@ -212,7 +214,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         for index in order.to(y.device):
             twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)
             take_step(optimizer, parameters, loss_of(embed_all(noised, train, twice), twice))  # line 4
-        measure(time.perf_counter() - start)
+        measure(start)
     return rows
 
 

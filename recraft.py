@@ -165,7 +165,9 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
             raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr or --label-lr.")
         return values
 
-    def measure(seconds):
+    def measure(start):
+        parameters[0].sum().item()  # waits for the device
+        seconds = time.perf_counter() - start  # of training, without what follows
         with torch.no_grad():
             p, y = predict(fixed), y_t[fixed].to(u_s.device)  # (m, K_s), (m,)
             chance = [entropies(joint_table(p, y.roll(i), classes))[2] for i in range(1, min(11, len(y)))]
@@ -173,9 +175,9 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
             found = distance(finite(embed_all(embedder, train, fixed))), *of_labels, sum(chance) / max(1, len(chance))
         found = finite(torch.tensor([float(value) for value in found])).tolist()
         row = dict(zip(("distance", "H(Z)", "H(Z|Z')", "I(Z;Z')", "I, other labels"), found, strict=True))
-        rows.append({"epoch": len(rows), **row, "seconds": seconds})  # of training, without these measurements
+        rows.append({"epoch": len(rows), **row, "seconds": seconds})
 
-    measure(0.0)
+    measure(time.perf_counter())
     # ---- feature alignment
     of_embedder = data.of_embedder(args, "recraft")  # ORCA's rule: 10 times --lr
     optimizer = make_optimizer(embedder, of_embedder)
@@ -185,7 +187,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
         start, index = time.perf_counter(), torch.randperm(n, generator=generator)[: args.align_samples]
         take_step(optimizer, parameters, distance(finite(embed_all(embedder, train, index))))  # line 2: OT(u_s, u_t)
         scheduler.step()
-        measure(time.perf_counter() - start)
+        measure(start)
 
     # ---- feature-label distortion
     trained = nn.ModuleList([embedder, h_s.requires_grad_(args.as_released)])  # R4: as released, h_s is trained as well
@@ -209,7 +211,7 @@ def learn_embedder(embedder, features, h_s, u_s, train, y_t, args, progress=iter
                 _, h_z_given, information = entropies(P)
                 loss = -information if args.distortion == "mutual" else h_z_given  # line 4: -I(Z; Z'), or H(Z | Z')
                 take_step(optimizer, parameters, loss / rate)  # only this batch has a gradient, scaled by rate: undone
-        measure(time.perf_counter() - start)
+        measure(start)
     h_s.requires_grad_(False)
     return rows
 

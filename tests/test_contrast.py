@@ -418,6 +418,22 @@ def test_fields_are_weighted_by_the_correlation_of_their_targets(option):
     assert slope.abs().max() > 1e-3 and torch.allclose(embedder.weight, start.weight - 0.1 * slope, atol=1e-5)
 
 
+def test_the_seconds_of_stage_1_are_those_of_training(monkeypatch):
+    x, y = np.random.default_rng(0).normal(size=(8, 1, 12)).astype(np.float32), np.arange(8) % 2
+    train, labels = data.Split(x, y, 2, "toy", data.TASKS["satellite"], "cpu"), torch.from_numpy(y)
+    args = contrast.Args(contrast_epochs=2, contrast_samples=4, optimizer="sgd", momentum=0.0, weight_decay=0.0,
+                         embedder_lr=0.1, lr=1.0, scale="tiny")  # fmt: skip
+    embedder, clock = torch.nn.Linear(12, 5), [0]
+
+    def timed(x):  # the measurements have no gradient
+        clock[0] += 1 if torch.is_grad_enabled() else 100
+        return embedder(x)
+
+    monkeypatch.setattr(contrast.time, "perf_counter", lambda: clock[0])
+    found = contrast.learn_embedder(embedder, timed, train, labels, args)
+    assert [row["seconds"] for row in found] == [0, 2, 2]  # two steps an epoch
+
+
 def test_each_process_measures_its_own_views():
     """Two processes take turns in the samples of `twice`: with the same noise, the two views of a sample would be one."""
     x, y = np.random.default_rng(0).normal(size=(8, 1, 12)).astype(np.float32), np.arange(8) % 2

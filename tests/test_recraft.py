@@ -162,6 +162,19 @@ def test_stage_1_by_a_plain_loop():
     assert found[0]["I, other labels"] == pytest.approx(sum(others) / 10, abs=1e-6) and others[0] < found[0]["I(Z;Z')"]
 
 
+def test_the_seconds_of_stage_1_are_those_of_training(monkeypatch):
+    (embedder, features, h_s, u_s, train, y, args), _ = small_stage(align_epochs=1, label_epochs=1, label_samples=240)
+    clock = [0]
+
+    def timed(*arguments):  # the measurements have no gradient
+        clock[0] += 1 if torch.is_grad_enabled() else 100
+        return features(*arguments)
+
+    monkeypatch.setattr(recraft.time, "perf_counter", lambda: clock[0])
+    found = recraft.learn_embedder(embedder, timed, h_s, u_s, train, y, args)
+    assert [row["seconds"] for row in found] == [0, 0, 1]  # the alignment needs no features of the encoder
+
+
 def test_entropy_collapses_and_mutual_information_does_not():
     """Row R3: H(Z | Z') alone is lowest where every sample is predicted as one source class."""
     last = {}
