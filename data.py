@@ -277,13 +277,12 @@ def complete(args, method, scale):
         share = 2 ** max(0, math.ceil(math.log2(tiny.batch_size * math.prod(task.shape) / TINY_BATCH_NUMBERS)))
         recipe = replace(tiny, source=recipe.source, k_begin=recipe.k_begin, k_end=recipe.k_end, mix_weight=recipe.mix_weight,
                          batch_size=max(1, tiny.batch_size // share), accumulate=share)  # fmt: skip
+    if scale == "full" and args.optimizer not in (None, recipe.optimizer) and None in (args.lr, args.weight_decay):
+        raise UserError(f"The published learning rate and weight decay of {task.name} are those of {recipe.optimizer}.\n"
+                        f"With --optimizer {args.optimizer}, give --lr and --weight-decay, too.")  # fmt: skip
     squeeze = (args.epochs or recipe.epochs) / recipe.epochs  # a shorter run has the same learning rate curve, squeezed
-    recipe = replace(
-        recipe,
-        warmup_epochs=recipe.warmup_epochs * squeeze,
-        decay_epochs=recipe.decay_epochs * squeeze,
-        **(published.RELEASED if args.as_released else published.OURS),
-    )
+    more = published.RELEASED if args.as_released else published.OURS
+    recipe = replace(recipe, warmup_epochs=recipe.warmup_epochs * squeeze, decay_epochs=recipe.decay_epochs * squeeze, **more)
     missing = [f.name for f in dataclasses.fields(recipe) if getattr(args, f.name, "") is None]
     return replace(args, **{name: getattr(recipe, name) for name in missing})
 
@@ -297,7 +296,7 @@ def of_embedder(args, method):
 def of_one_batch(args, method):
     """Learning rate and weight decay of a first stage, which does not accumulate gradients: undoes the scaling of `published`.
 
-    By the recipe's `accumulate`: half the --batch-size and twice the --accumulate change nothing.
+    By the recipe's `accumulate`: half the --batch-size and twice the --accumulate do not change them.
     """
     recipes = find_task(args.task).recipes
     recipe = recipes.get(method, recipes["orca"])

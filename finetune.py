@@ -49,14 +49,15 @@ class Args(cli.Args):
     """lora: updates are scaled by alpha / r"""
 
 
-BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", ".attention.self.", ".dense.")  # linear layers of Swin and ViT (three), BERT
+# attention and feed-forward of Swin and ViT, what Swin V2 keeps outside of its linear layers, BERT
+BODY = (".attn.qkv.", ".attn.proj.", ".mlp.", "attn.q_bias", "attn.v_bias", "attn.logit_scale", ".attention.self.", ".dense.")
 
 
 def trains(mode, name, warming=False):
     """Whether the parameter `name` trains: embedder.*, encoder.* or predictor.*; `warming`: in the warm-up epochs."""
     part = name.split(".")[0]
     if mode == "frozen":  # FPT: LayerNorms, position biases, the class token ... train
-        return not any(layer in name for layer in BODY)
+        return part != "encoder" or not any(layer in name for layer in BODY)
     if mode == "warmup":  # at first the embedder alone; the predictor is frozen too: the paper says "all else frozen"
         return part == "embedder" or not warming
     if mode == "lora":  # A and B are parameters of LoRA, not of the model
@@ -83,7 +84,7 @@ class LoRA(nn.Module):
         super().__init__()
         self.model, self.scale = model, alpha / rank
         # the linear maps of attention and feed-forward, (out, in) each
-        body = {name: p for name, p in model.named_parameters() if any(layer in name for layer in BODY) and p.ndim == 2}
+        body = {name: p for name, p in model.named_parameters() if not trains("frozen", name) and p.ndim == 2}
         self.names = list(body)
         self.A = nn.ParameterList(torch.empty(rank, p.shape[1]).uniform_(-1, 1) / p.shape[1] ** 0.5 for p in body.values())
         self.B = nn.ParameterList(torch.zeros(p.shape[0], rank) for p in body.values())
@@ -99,7 +100,7 @@ class LoRA(nn.Module):
         model.load_state_dict(self.model.state_dict() | self.merged())
 
     def forward(self, x):
-        return torch.func.functional_call(self.model, self.merged(), (x,))  # (B, K)
+        return torch.func.functional_call(self.model, self.merged(), (x,))  # (B, ...)
 
 
 def main(args):
@@ -132,6 +133,8 @@ def main(args):
         raise cli.UserError("the released head of 1D fields has nothing to train.\nLeave out --as-released or --mode probe.")
     warming_epochs = 0
     if args.mode == "warmup" and args.warmup_share > 0:  # at least one epoch, and one for the rest unless the share is 1
+        if args.epochs == 1 and args.warmup_share < 1:
+            raise cli.UserError("--mode warmup needs two epochs, one for the embedder alone.\nGive --epochs 2 or more.")
         warming_epochs = min(max(1, round(args.epochs * args.warmup_share)), args.epochs - (args.warmup_share < 1))
     if args.mode == "lora":
         if args.checkpoint:
@@ -160,7 +163,7 @@ def main(args):
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.no_sync_unless(step_follows, net):
                 with run.autocast():
-                    out = net(x)  # finetune: (B, K)
+                    out = net(x)  # finetune: (B, ...)
                 loss = task.loss(out, y)
                 (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:

@@ -49,7 +49,8 @@ class Args(cli.Args):
     """The options of MoNA; those that all methods share are in cli.Args."""
 
     meta_epochs: int | None = None
-    """epochs of stage 1, each with as many micro-batches as in stage 2 and one step for each of them. 0: naive fine-tuning"""
+    """epochs of stage 1, each with as many micro-batches as in stage 2 and one step for each of them: half the --batch-size
+    means twice the steps. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: --lr, without its factor for gradient accumulation"""
     inner_lr: float = 0.1
@@ -203,10 +204,8 @@ def meta_train(model, source, train, source_set, task, args, progress):
             g_e, g_h, logs[step] = meta_gradient(
                 model, task.loss, x_t, y_t, tokens_s, y_s, args.inner_lr, args.lambda_, args.gradient
             )
-            for parameter, gradient in zip(model.embedder.parameters(), g_e, strict=True):
+            for parameter, gradient in zip(trained.parameters(), [*g_e, *g_h], strict=False):  # a frozen predictor gets none
                 parameter.grad = gradient
-            for parameter, gradient in zip(model.predictor.parameters(), g_h, strict=True):
-                parameter.grad = gradient if args.predictor == "trained" else None
             if args.clip > 0:
                 nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
             optimizer.step()
@@ -279,7 +278,7 @@ def main(args):
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.no_sync_unless(step_follows, net):
                 with run.autocast():
-                    out = net(x)  # MoNA: line 6, (B, K)
+                    out = net(x)  # MoNA: line 6, (B, ...)
                 loss = task.loss(out, y)
                 (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:

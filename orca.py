@@ -21,7 +21,8 @@ Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fi
 Published, spherical, full scale: 0.299.
 
 Line 3 puts all target classes into one problem, as OTDD is defined; this is the default at the tiny scale. At the full scale
-each problem has ten classes (`--classes-per-problem`), and line 4 sums over problems, weighted by their share of the samples.
+each problem has ten classes (`--classes-per-problem`), line 4 sums over problems, weighted by their share of the samples, and
+both transport costs are entropic and debiased (`--reg`).
 The official code has one class per problem and treats W^2 as constant: labels then change neither the plan nor the gradient.
 `--as-released` optimises the same objective. See docs/paper-vs-code.md, O1 to O8.
 """
@@ -49,8 +50,8 @@ class Args(cli.Args):
     """learning rate of stage 1, divided by 5 after 21, 41 and 61 epochs. Default (official): 10 times --lr, or --lr itself
     where it is above 1e-3; --lr before its scaling for gradient accumulation"""
     objective: Literal["otdd", "otdd-gaussian", "mmd", "l2"] = "otdd"
-    """the distance to minimise. otdd-gaussian: W^2 between normal distributions. mmd, l2: distance of each target class to all
-    source samples, whatever their labels"""
+    """the distance to minimise. otdd-gaussian: W^2 between normal distributions. mmd, l2: distance of each target class to
+    source samples drawn at random, whatever their labels"""
     reg: float | None = None
     """entropic strength of OTDD, in squared units of the features. Default: 0.1 (full, official; with --as-released), for GPUs;
     0 (tiny): exact linear programs, faster on CPUs"""
@@ -188,7 +189,7 @@ def main(args):
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.no_sync_unless(step_follows, net):
                 with run.autocast():
-                    out = net(x)  # ORCA: line 5, (B, K)
+                    out = net(x)  # ORCA: line 5, (B, ...)
                 loss = task.loss(out, y)
                 (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:

@@ -154,10 +154,13 @@ def schedule(epoch, epochs, k_begin, k_end=0):
 
 
 def limits(args, N, N_s):
-    """k0 and k_end as numbers of tokens, at most N_s. Raises UserError if k would rise."""
+    """k0 and k_end as numbers of tokens, at most N_s. Raises UserError if k would rise, or would not fall because of N_s."""
     if args.k_end > args.k_begin:
         raise cli.UserError(f"--k-end {args.k_end} is larger than --k-begin {args.k_begin}: k must fall.\nLower --k-end.")
-    return [min(round(share * N), N_s) for share in (args.k_begin, args.k_end)]
+    k0, k_end = (min(round(share * N), N_s) for share in (args.k_begin, args.k_end))
+    if k_end == k0 == N_s and args.k_end < args.k_begin:
+        raise cli.UserError(f"k would stay at {N_s}, all tokens of the source (the target has {N}).\nLower --k-end.")
+    return k0, k_end
 
 
 def gumbel(like):

@@ -287,7 +287,7 @@ def main(args):
             step_follows = (step + 1) % args.accumulate == 0 or step + 1 == steps
             with run.no_sync_unless(step_follows, net):
                 with run.autocast():
-                    out = net(x)  # RECRAFT: line 5, (B, K)
+                    out = net(x)  # RECRAFT: line 5, (B, ...)
                 loss = task.loss(out, y)
                 (loss / window).backward()  # averaged over the window; the official code sums
             if step_follows:

@@ -175,8 +175,8 @@ def openml(number):
     return both(recipe, **SEQUENCE), int(tokens)
 
 
-# The tiny scale has one recipe for each kind of task, the same for all methods: no method is tuned separately. An epoch is a
-# fixed number of optimizer steps, whatever the number of samples. docs/measurements.md explains the choice.
+# The tiny scale has one recipe for each kind of task, the same for all methods; only MoNA's stage 1 and LSG's weight were
+# chosen separately. An epoch is a fixed number of optimizer steps, whatever the number of samples. docs/measurements.md.
 TINY = Recipe(40, 32, 1, "adamw", 3e-3, 0.05, warmup_epochs=2, decay_epochs=40, clip=1.0, embedder_epochs=20,
               max_samples=32, classes_per_problem=1000, source_samples=1000, reg=0.0, meta_epochs=2, align_epochs=20,
               label_epochs=3, regularise_weight=0.5, n_train=10_000)  # fmt: skip

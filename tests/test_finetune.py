@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+import timm
 import torch
 from helpers import SHORT, here, result, rows, weights
 from safetensors.torch import load_file
@@ -40,6 +41,20 @@ def test_on_a_text_model_frozen_and_norms_train_the_same():
     names = [f"encoder.{name}" for name, _ in common.load_source("tiny-roberta").encoder.named_parameters()]
     trained = {mode: {name for name in names if finetune.trains(mode, name)} for mode in ("frozen", "norms", "naive")}
     assert trained["frozen"] == trained["norms"] and 0 < len(trained["norms"]) < len(trained["naive"]) == len(names)
+
+
+def test_frozen_leaves_the_attention_of_swin_v2_and_trains_every_predictor():
+    swin = timm.create_model("swinv2_tiny_window8_256")
+    attention = [name for name, _ in swin.named_parameters() if ".attn." in name and "cpb_mlp" not in name]  # position bias
+    frozen = {name.rpartition(".attn.")[2] for name in attention if not finetune.trains("frozen", f"encoder.{name}")}
+    assert frozen == {"q_bias", "v_bias", "logit_scale", "qkv.weight", "proj.weight", "proj.bias"}
+    assert finetune.trains("frozen", "predictor.mlp.0.weight")  # of a method of one's own
+
+
+def test_warmup_needs_an_epoch_for_the_rest(tmp_path):
+    with pytest.raises(cli.UserError, match="--mode warmup needs two epochs"):
+        here("finetune", *SHORT[:-1], 1, "--mode", "warmup", out=tmp_path)
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,10 @@ def test_k_does_not_rise(tmp_path):
     with pytest.raises(cli.UserError, match="k must fall"):
         here("pare", *SHORT, "--k-begin", 0.1, "--k-end", 0.5, out=tmp_path)
     args = pare.Args(k_begin=0.9, k_end=0.5)
-    assert pare.limits(args, 64, 64) == [58, 32] and pare.limits(args, 512, 32) == [32, 32]  # at most N_s
+    assert pare.limits(args, 64, 64) == (58, 32) and pare.limits(args, 128, 100) == (100, 64)  # at most N_s
+    assert pare.limits(pare.Args(k_begin=0.5, k_end=0.5), 512, 32) == (32, 32)  # constant, as it was asked for
+    with pytest.raises(cli.UserError, match="k would stay at 32"):
+        pare.limits(args, 512, 32)
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,11 @@ def test_a_first_stage_has_the_published_rate_of_one_batch():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_an_optimizer_that_replaces_the_published_one_has_the_rate_that_is_given(optimizer):
-    args = data.complete(orca.Args(task="spherical", scale="full", optimizer=optimizer), "orca", "full")
-    published_one = data.complete(orca.Args(task="spherical", scale="full"), "orca", "full")  # AdamW
-    assert data.of_one_batch(args, "orca") == (published_one.lr, published_one.weight_decay)
+    args = orca.Args(task="spherical", scale="full", optimizer=optimizer, lr=0.1, weight_decay=0.2)  # published: AdamW
+    assert data.of_one_batch(data.complete(args, "orca", "full"), "orca") == (0.1, 0.2)
+    for missing in ("lr", "weight_decay"):  # those of AdamW mean something else to it
+        with pytest.raises(cli.UserError, match="spherical are those of adamw"):
+            data.complete(dataclasses.replace(args, **{missing: None}), "orca", "full")
 
 
 def test_recraft_aligns_as_released():
