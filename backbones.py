@@ -197,6 +197,13 @@ class Tokenizer:
     def __call__(self, words):
         return self.vocabulary(words, is_split_into_words=True, add_special_tokens=False).input_ids
 
+    def in_context(self, before, text, after):
+        """The ids of a whole sequence, <s> before text after </s>, and the slice of them that is `text`."""
+        begin, end = ([] if i is None else [i] for i in (self.vocabulary.cls_token_id, self.vocabulary.sep_token_id))
+        before, text, after = (self(part.split()) for part in (before, text, after))  # one by one, to know the place of `text`
+        first = len(begin + before)
+        return begin + before + text + after + end, slice(first, first + len(text))
+
 
 def build_swin(**architecture):
     """A timm SwinTransformer with random weights; `architecture` are its constructor's arguments."""

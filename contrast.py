@@ -7,7 +7,7 @@ the printed loss is undefined for some inputs. This file has a corrected version
     1  x' = a^t x + sqrt(1 - a^(2t)) eps,  a = sqrt(1 - sigma^2)     two noisy views of each sample, with random sigma and t
     2  z = mean over tokens of g(embedder(x'))                       g the pretrained encoder, frozen
     3  L_i = mean over positives p of [ -s_ip / tau + log( sum_q exp(s_iq / tau) + sum_n lambda_in exp(s_in / tau) ) ]
-       s = cos(z_i, z_j); positives p, q have the label of i, negatives n another one, less alike -> larger lambda_in
+       s_ij = cos(z_i, z_j); p, q: the other samples with the label of i; n: those with another, less alike -> larger lambda_in
     4  step on the embedder alone down the gradient of the mean of L_i
     stage 2, PaRe with other scores; in epoch ep of EP: k = k0 (1 - ep / EP), lambda = k / k0 (not lambda_in of line 3):
     5  S = attention rollout: how much of the mean output token comes from each input token, of source and target samples
@@ -15,12 +15,13 @@ the printed loss is undefined for some inputs. This file has a corrected version
     7  L = L(h_t(g(X_t)), y_t) + mix_weight [(1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)]
 
 The printed loss of a class Y is -log(N_Y / D_Y): N_Y is the sum of cos(z_i, z_j) over i and j in Y, D_Y the sum of
-lambda_ij cos(z_i, z_j) over i in Y and all j. It has four defects, each shown by a test:
+lambda_ij cos(z_i, z_j) over i in Y and all j, with lambda_ij = 1 / (correlation of the labels + eps), or 1 for j in Y. It has
+four defects, each shown by a test:
 
     D_Y can be negative, since cosines have either sign: then the logarithm is undefined;
     D_Y falls to 0 at the simplex of K classes, the optimum (lambda > 1: before it): the loss is -infinity, then undefined;
     only sums over classes enter: orthogonal clusters and "every sample on its own axis" both give 0;
-    lambda = 1 / (correlation of labels + eps): one-hot classes all correlate by -1/(K - 1), so lambda is one constant.
+    one-hot labels of different classes all correlate by -1/(K - 1), so lambda is one constant, which may be negative.
 
     python contrast.py --task spherical
 
@@ -31,7 +32,6 @@ docs/measurements.md has the commands and more.
 What the slides leave open, and what was chosen: docs/paper-vs-code.md, C1 to C12.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -52,13 +52,11 @@ class Args(cli.Args):
     """The options of the proposal; those that all methods share are in cli.Args."""
 
     contrast_epochs: int = 5
-    """passes over the training samples in stage 1; 0: none. With --k-begin 0 --k-end 0 as well: naive fine-tuning, with PaRe's
-    recipe"""
+    """passes over the training samples in stage 1. 0, with --k-begin 0 --k-end 0: naive fine-tuning, with PaRe's recipe"""
     contrast_samples: int = 128
     """samples in a step of stage 1, two views of each. 128 views pass the encoder at once: only values below 64 save memory"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.4)
-    """scales of the noise of a view, drawn with equal chance, relative to the standard deviation of each channel (of at most
-    256 training samples)"""
+    """scales of the noise of a view, in standard deviations of each channel (of at most 256 training samples)"""
     noise_steps: int = 2
     """T: the noise is added t times, t = 1 ... T with equal chance"""
     tau: float = 0.1
@@ -66,8 +64,7 @@ class Args(cli.Args):
     label_weights: Literal["targets", "none"] = "targets"
     """lambda of fields and multi-label targets: by the correlation of the targets, or 1. Classes: always 1"""
     features: Literal["encoder", "embedder"] | None = None
-    """tokens that z is the mean of: the output of the frozen encoder, or of the embedder, which is cheaper. Default: encoder;
-    as printed: embedder"""
+    """whose tokens z is the mean of; those of the embedder are cheaper. Default: encoder; with --as-printed embedder"""
     embedder_lr: float | None = None
     """learning rate of stage 1. Default, ORCA's rule: 10 times the lr of one batch, or that lr itself if it is above 1e-3"""
     as_printed: bool = False
@@ -91,22 +88,17 @@ EPS = 0.1  # in lambda = 1 / (correlation + eps): weights of negatives differ by
 MEASURED = 512  # target samples whose cosines are measured after each epoch of stage 1
 
 
-def noisy(x, sigma, t, mean=0.0, std=1.0):
-    """t steps of x <- sqrt(1 - sigma^2) x + sigma eps in one draw: a^t x + sqrt(1 - a^(2t)) eps, a = sqrt(1 - sigma^2).
-
-    Line 1. sigma, t: numbers, or one for each sample, (B, 1, ...). What is noised is (x - mean) / std, so that x keeps its mean
-    and standard deviation, `mean` and `std` (C, 1, ...). sigma = 0 returns x bit for bit; sigma = 1 is pure noise.
-    """
-    log_a2t = t * torch.log1p(-(torch.as_tensor(sigma, device=x.device) ** 2))  # log a^(2t)
-    a_t, scale = (log_a2t / 2).exp(), (-torch.expm1(log_a2t)).sqrt()
-    return a_t * x + (1 - a_t) * mean + scale * std * torch.randn_like(x)
-
-
 def views(x, sigmas, T, mean=0.0, std=1.0):
-    """One noisy view of each sample, its sigma and t drawn with equal chance, all on the device of x. (B, ...) -> (B, ...)"""
+    """Line 1: a noisy view of each sample, its sigma and its t = 1 ... T drawn with equal chance. (B, ...) -> (B, ...)
+
+    One draw takes the place of t steps of x <- sqrt(1 - sigma^2) x + sigma eps. What is noised is (x - mean) / std, so that x
+    keeps its mean and standard deviation, `mean` and `std` (C, 1, ...). sigma = 0: x, bit for bit; sigma = 1: pure noise.
+    """
     shape = (len(x), *[1] * (x.ndim - 1))
     sigma = torch.tensor(sigmas, device=x.device)[torch.randint(len(sigmas), shape, device=x.device)]  # (B, 1, ...)
-    return noisy(x, sigma, torch.randint(1, T + 1, shape, device=x.device), mean, std)
+    log_a2t = torch.randint(1, T + 1, shape, device=x.device) * torch.log1p(-(sigma**2))  # log a^(2t), a = sqrt(1 - sigma^2)
+    a_t, scale = (log_a2t / 2).exp(), (-torch.expm1(log_a2t)).sqrt()  # a^t and sqrt(1 - a^(2t)), (B, 1, ...)
+    return a_t * x + (1 - a_t) * mean + scale * std * torch.randn_like(x)
 
 
 def correlation(targets):
@@ -129,33 +121,27 @@ def label_weights(targets, y):
 def contrastive_loss(z, y, weights=None, tau=0.1):
     """Line 3: supervised contrastive loss (Khosla et al. 2020, L_out) with weighted negatives. (B, D), (B,) -> scalar
 
-        L_i = mean_{p in P(i)} -s_ip / tau + log( sum_{q in P(i)} e^{s_iq / tau} + sum_{n in N(i)} lambda_in e^{s_in / tau} )
-
-    s_ij = cos(z_i, z_j); P(i): other samples with the label of i; N(i): those with another. No positives: left out.
-    Check values for K classes of n, lambda = 1: collapse log(nK - 1); orthogonal clusters log(n - 1 + n (K - 1) e^{-1/tau}).
-
-    Args: weights (B, B): lambda, positive; only those of negatives are used. None: 1.
-    Returns: the loss; 0 if no sample has a positive.
+    weights (B, B): lambda, positive; only those of negatives are used; None: 1. Samples without positives are left out.
+    Check values for K classes of n, lambda = 1: collapse log(nK - 1); orthogonal clusters log(n - 1 + n (K - 1) e^(-1/tau)).
     """
     unit = F.normalize(z, dim=1, eps=1e-8)  # (B, D)
     logits, itself = unit @ unit.T / tau, torch.eye(len(z), dtype=torch.bool, device=z.device)  # s / tau, (B, B)
-    positive = (y[:, None] == y) & ~itself
+    positive = (y[:, None] == y) & ~itself  # (B, B)
     weighted = logits if weights is None else logits + weights.log().masked_fill(positive, 0)  # log(lambda e^(s / tau))
-    count = positive.sum(1)  # |P(i)|
-    loss = weighted.masked_fill(itself, -1e9).logsumexp(1) - (logits * positive).sum(1) / count.clamp(min=1)  # L_i, (B,)
-    return (loss * (count > 0)).sum() / (count > 0).sum().clamp(min=1)
+    count = positive.sum(1)  # of the positives of each sample, (B,)
+    # L_i = log( sum_q e^(s_iq / tau) + sum_n lambda_in e^(s_in / tau) ) - mean over p of s_ip / tau, (B,)
+    loss = weighted.masked_fill(itself, -1e9).logsumexp(1) - (logits * positive).sum(1) / count.clamp(min=1)
+    return (loss * (count > 0)).sum() / (count > 0).sum().clamp(min=1)  # mean of L_i; 0 if no sample has a positive
 
 
 def printed_loss(z, y, correlations):
-    """The slides' loss, mean over classes Y; NaN or infinite where it is undefined. z (B, D), y (B,), (B, B) -> scalar
-
-        L_Y = -log( sum_{i, j in Y} cos(z_i, z_j) / sum_{i in Y} sum_j lambda_ij cos(z_i, z_j) ),   lambda_ij = 1 inside Y
-    """
+    """The slides' loss: mean over classes Y of -log(N_Y / D_Y), not finite where undefined. (B, D), (B,), (B, B) -> scalar"""
     unit = F.normalize(z, dim=1, eps=1e-8)  # (B, D)
     same, (classes, index) = y[:, None] == y, y.unique(return_inverse=True)
     cosines, lam = unit @ unit.T, torch.where(same, 1.0, 1 / (correlations + EPS))  # (B, B)
     over_class = lambda rows: rows.new_zeros(len(classes)).index_add(0, index, rows)  # (B,) -> (K,)
-    return -torch.log(over_class((cosines * same).sum(1)) / over_class((cosines * lam).sum(1))).mean()
+    N, D = over_class((cosines * same).sum(1)), over_class((cosines * lam).sum(1))  # N_Y, D_Y: (K,), (K,)
+    return -torch.log(N / D).mean()
 
 
 def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
@@ -167,7 +153,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         progress: wraps the epochs. rank: the number of this process, each draws its own noise.
     Returns: a row for each epoch and one before the first step: loss of fixed views; mean cosine of fixed samples without
         noise, over pairs with equal labels and over the other pairs; seconds.
-    Raises: UserError if a loss is not finite; as printed, it may be undefined.
+    Raises: UserError if a loss is not finite.
     """
     parameters, n, rows = list(embedder.parameters()), len(train), []
     fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))
@@ -176,18 +162,18 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     mean, std = (f(x.flatten(1), 1).view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))  # (C, 1, ...)
     noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
 
-    def loss_of(z, index):
-        targets = F.one_hot(y[index], train.classes) if train.target == "class" else train.targets(index)  # (B, ...)
-        if not args.as_printed:
-            weights = label_weights(targets, y[index]) if args.label_weights == "targets" else None
-            return contrastive_loss(z, y[index], weights, args.tau)  # line 3
-        loss = printed_loss(z, y[index], correlation(targets))
-        if not loss.isfinite() and z.isfinite().all():
-            when = f"after epoch {max(0, len(rows) - 1)} of stage 1"
-            raise cli.UserError(
-                f"the printed loss is {loss.item()} {when}: undefined for these samples.\n"
-                "The formula is at fault (top of contrast.py): leave out --as-printed."
-            )
+    def loss_of(index):
+        twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)
+        z, labels = embed_all(noised, train, twice), y[twice]  # (2 B, F), (2 B,)
+        targets = F.one_hot(labels, train.classes) if train.target == "class" else train.targets(twice)  # (2 B, ...)
+        if args.as_printed:
+            loss = printed_loss(z, labels, correlation(targets))
+        else:
+            weights = label_weights(targets, labels) if args.label_weights == "targets" else None
+            loss = contrastive_loss(z, labels, weights, args.tau)  # line 3
+        if not loss.isfinite():
+            advice = "Leave out --as-printed: that loss may be undefined." if args.as_printed else "Lower --embedder-lr."
+            raise cli.UserError(f"the loss is {loss.item()} in epoch {len(rows)} of stage 1.\n{advice}")
         return loss
 
     def measure(start):
@@ -195,16 +181,11 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         seconds = time.perf_counter() - start  # of training, without what follows
         with torch.no_grad():
             seed_everything("measured", args.seed + rank)  # the same views each time; those of another process differ
-            twice = fixed[:size].repeat_interleave(2)  # (2 B,)
-            loss, z = loss_of(embed_all(noised, train, twice), twice), embed_all(encode, train, fixed)  # z (m, F)
-            unit, same = F.normalize(z, dim=1), y[fixed][:, None] == y[fixed]  # (m, m)
-            pairs = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device), ~same
-            cosines = ((unit @ unit.T * chosen).sum() / chosen.sum().clamp(min=1) for chosen in pairs)
-            found = [value.item() for value in (loss, *cosines)]
-        if not all(map(math.isfinite, found)):
-            raise cli.UserError(f"the embedder diverged in epoch {len(rows)} of stage 1.\nLower --embedder-lr.")
-        names = "contrast", "cosine, equal labels", "cosine, others"
-        rows.append({"epoch": len(rows), **dict(zip(names, found, strict=True)), "seconds": seconds})
+            loss, unit = loss_of(fixed[:size]), F.normalize(embed_all(encode, train, fixed), dim=1)  # scalar, (m, F)
+            same, itself = y[fixed][:, None] == y[fixed], torch.eye(len(unit), dtype=torch.bool, device=y.device)  # (m, m)
+            mean_of = lambda pairs: ((unit @ unit.T * pairs).sum() / pairs.sum().clamp(min=1)).item()
+            row = {"contrast": loss.item(), "cosine, equal labels": mean_of(same & ~itself), "cosine, others": mean_of(~same)}
+        rows.append({"epoch": len(rows), **row, "seconds": seconds})
 
     measure(time.perf_counter())
     optimizer = make_optimizer(embedder, data.of_embedder(args, "contrast"))  # ORCA's rule: 10 times --lr
@@ -212,8 +193,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         seed_everything("contrast", args.seed, epoch, rank)
         start, (order, _) = time.perf_counter(), train.plan(n // size, size, args.seed, epoch, stage=1)
         for index in order.to(y.device):
-            twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)
-            take_step(optimizer, parameters, loss_of(embed_all(noised, train, twice), twice))  # line 4
+            take_step(optimizer, parameters, loss_of(index))  # line 4
         measure(start)
     return rows
 
@@ -297,9 +277,6 @@ def main(args):
         with run.eager():
             rows = learn_embedder(embedder, encode, train, y, args, run.progress, run.rank)
         run.keep_stage1(rows, embedder=embedder)
-        begin, end, seconds = rows[0], rows[-1], sum(row["seconds"] for row in rows)
-        summary = "; ".join(f"{name} {begin[name]:.3f} -> {end[name]:.3f}" for name in list(begin)[1:-1])
-        print(f"contrast {summary.replace('contrast', 'loss')} in {len(rows) - 1} epochs, {seconds:.0f} s")
     if scores_s is not None:
         with run.autocast(), torch.no_grad():
             both = net.score(embedder(x)), scores_s

@@ -81,21 +81,13 @@ activation = lambda x: F.leaky_relu(x, 0.2)
 def tokenise(source, names, sample):
     """The K P prompts, class by class: token ids, and the slice of them that is the name. `sample`: what to call a sample.
 
-    The parts of a prompt are tokenised one by one, which gives the position of the name. Raises UserError if it has no token.
+    Raises UserError if a name has no token.
     """
-    vocabulary = source.tokenizer.vocabulary
-    begin, end = ([] if token is None else [token] for token in (vocabulary.cls_token_id, vocabulary.sep_token_id))
-    read = lambda text: source.tokenizer(text.split()) if text.split() else []
-    around = [[read(part) for part in template.replace("{x}", sample).split("{c}")] for template in TEMPLATES]
-    prompts = []
-    for name in names:
-        tokens = read(name.replace("_", " "))
-        if not tokens:
-            raise cli.UserError(f"--text-encoder: {source.name} has no token for the class name {name!r}.")
-        for before, after in around:
-            first = len(begin + before)
-            prompts.append((begin + before + tokens + after + end, slice(first, first + len(tokens))))
-    return prompts
+    spoken = {name: name.replace("_", " ") for name in names}
+    if silent := [name for name in names if not source.tokenizer(spoken[name].split())]:
+        raise cli.UserError(f"--text-encoder: {source.name} has no token for the class name {silent[0]!r}.")
+    around = [template.replace("{x}", sample).split("{c}") for template in TEMPLATES]
+    return [source.tokenizer.in_context(before, spoken[name], after) for name in names for before, after in around]
 
 
 @torch.no_grad()
@@ -112,10 +104,9 @@ def embed_prompts(source, prompts, device):
 
 
 def label_graph(t, ratio, released=False):
-    """Line 2: A (n, n) of the nodes T (n, d), P of each class in a row. Negative cosines are no edges; r n^2 / 2 pairs of
-    different classes are joined.
+    """Line 2: A (n, n) of the nodes T (n, d), P of each class in a row. Negative cosines are no edges.
 
-    released: row L1, what the official code has in stage 2: the r n^2 most similar of all pairs, of the same class or not.
+    released: row L1, what the official code has in stage 2: the r n^2 largest of all entries, of the same class or not.
     """
     A = t @ t.T  # (n, d) -> (n, n)
     A = ((A + A.T) / 2).clamp(min=0)  # rounding may have made it asymmetric
@@ -302,11 +293,9 @@ def main(args):
                 seed_everything("GCN", args.seed)
                 gcn = GCN(t.shape[1], train.classes).to(device)
             if not run.restore_stage1(gcn=gcn):
-                rows = train_gcn(gcn, t, A, task, args)
-                run.keep_stage1(rows, gcn=gcn)
+                run.keep_stage1(train_gcn(gcn, t, A, task, args), gcn=gcn)
                 edges = ((A > 0).sum().item() - P * len(t)) // 2
-                print(f"LSG     {len(t):,} nodes, {edges:,} pairs of different classes joined; loss of the GCN",
-                      f"{rows[-1]['GCN loss']:.3g}, {sum(row['seconds'] for row in rows):.0f} s")  # fmt: skip
+                print(f"LSG     {len(t):,} nodes, {edges:,} pairs of different classes joined")
             guide = LabelGraph(t, label_graph(t, args.edge_ratio, released=True) if args.as_released else A, gcn)  # row L1
         else:
             guide = Prototypes(class_vectors(args.prototypes, t, train.classes, args.seed))

@@ -165,9 +165,6 @@ def main(args):
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
         rows = align(embedder, u_s, y_s, train, y_t, args, run.progress)
         run.keep_stage1(rows, embedder=embedder)
-        first, last = rows[0]["distance"], rows[-1]["distance"]
-        print(f"ORCA    {args.objective} from {first:.4g} to {last:.4g} in {len(rows)} embedder epochs,",
-              f"{sum(row['seconds'] for row in rows):.0f} s")  # fmt: skip
 
     # ---- optimizer and schedule
     if args.checkpoint:

@@ -261,9 +261,6 @@ def main(args):
         with run.eager():
             rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, run.progress)
         run.keep_stage1(rows, embedder=embedder)
-        begin, end = rows[0], rows[-1]
-        summary = ", ".join(f"{name} from {begin[name]:.3g} to {end[name]:.3g}" for name in list(begin)[1:-1])
-        print(f"RECRAFT {summary} in {len(rows) - 1} epochs, {sum(row['seconds'] for row in rows):.0f} s")
     if args.freeze_embedder:
         embedder.requires_grad_(False)
 

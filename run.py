@@ -395,11 +395,13 @@ class Run:
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def keep_stage1(self, rows, **modules):
-        """Save the weights and metrics of a finished first stage to one file. Raises UserError if its last step diverged."""
+        """Save weights and metrics of a finished first stage, print how the latter changed. Raises UserError if it diverged."""
         weights = {f"{name}.{k}": v.contiguous() for name, m in modules.items() for k, v in m.state_dict().items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise UserError("the last step of stage 1 diverged.\nStart again with a lower learning rate of stage 1.")
-        self.stage1 = rows
+        self.stage1, first, last = rows, rows[0], rows[-1]
+        changes = (f"{name} {first[name]:.3g} -> {last[name]:.3g}" for name in first if name not in ("epoch", "seconds"))
+        print(f"stage 1 {'; '.join(changes)}; {sum(row['seconds'] for row in rows):.0f} s")
         if self.rank == 0:
             write(self.stage1_file, to_safetensors(weights, {"rows": json.dumps(rows)}))
             self.write_history()

@@ -51,7 +51,7 @@ def test_stage_1_trains_the_embedder_only_and_is_kept(script, tmp_path):
     said = script("orca.py", *options, out=tmp_path)
     folder = tmp_path / "spherical-orca-tiny-swin-s0-toy"
     lines = rows(folder)
-    assert "ORCA    otdd from" in said and [row.get("stage") for row in lines] == [1, 1, 1, None]
+    assert "stage 1 distance " in said and [row.get("stage") for row in lines] == [1, 1, 1, None]
     assert lines[2]["distance"] < lines[0]["distance"] and result(folder)["source"] == "cifar10"
     kept, source = load_file(folder / "stage1.safetensors"), common.load_source("tiny-swin")
     assert kept.keys() == {f"embedder.{k}" for k in source.embedder.state_dict()}
