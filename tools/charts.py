@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from tools.reproduce import apart, collect, known_methods, of, p_value, read, read_results, spread
+from tools.reproduce import METHODS, apart, collect, known_methods, of, p_value, read, read_results, spread
 
 matplotlib.use("Agg")
 
@@ -62,7 +62,9 @@ class Args:
 
 
 SOURCE, TARGET = "#d1495b", "#00798c"
-COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#2e4057", "#8d96a3", "#a44a8b", "#8c6d46")  # of methods
+COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#8c6d46", "#8d96a3", "#2e4057", "#a44a8b", "#5aa9e6", "#b5c99a", "#f28482",
+           "#6d597a", "#9c6644")  # fmt: skip
+METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))  # a method has the same colour in all charts
 
 
 def save(figure, args):
@@ -259,7 +261,7 @@ def against(args):
     names = list(dict.fromkeys(method for methods in points.values() for method in methods))
     for axis, (task, methods) in zip(axes[0], points.items(), strict=True):
         for method, at in methods.items():
-            colour = COLOURS[names.index(method) % len(COLOURS)]
+            colour = METHOD_COLOURS.get(method, COLOURS[names.index(method) % len(COLOURS)])
             methods[method] = dots(axis, at, colour, x=list(at), line="-", label=method)
         axis.set(xscale="log", xlabel=LABELS[args.what])
         ticks = sorted({x for at in methods.values() for x in at})
@@ -309,7 +311,7 @@ def curves(args):
         groups.setdefault(name, []).append([row for row in rows if "stage" not in row])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for i, (name, histories) in enumerate(groups.items()):
-        colour, shortest = COLOURS[i % len(COLOURS)], min(map(len, histories))
+        colour, shortest = METHOD_COLOURS.get(name, COLOURS[i % len(COLOURS)]), min(map(len, histories))
         for axis, key in zip(axes, ("loss", "val"), strict=True):
             values = [[row[key] for row in rows] for rows in histories]
             for line in values if len(values) > 1 else ():

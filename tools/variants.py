@@ -16,6 +16,7 @@ METHODS = {
     "pare": "pare.py",
     "orca": "orca.py",
     "mona": "mona.py",
+    "mona-e10": "mona.py --meta-epochs 10",  # five times the default at the tiny scale: better, slower (docs/mona.md)
     "recraft": "recraft.py",
     "contrast": "contrast.py",
     "lsg": "lsg.py",
@@ -59,7 +60,6 @@ METHODS = {
     # ---- MoNA: its constants, of which the text gives none (docs/mona.md)
     "mona-plain": "mona.py --lambda 0",  # embedder and predictor are warmed up, nothing else
     "mona-alpha1": "mona.py --inner-lr 1",
-    "mona-e10": "mona.py --meta-epochs 10",
     "mona-plain-e10": "mona.py --meta-epochs 10 --lambda 0",
     # ---- PaRe: rows of docs/paper-vs-code.md
     "pare-end": "pare.py --k-end 0.16",  # P2: k decreases to 500 of 3136, as in the official code
