@@ -174,10 +174,12 @@ def guarded(main, *args):
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped. Repeat the command to go on (training: with --resume).", file=sys.stderr)
         raise SystemExit(130) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (MemoryError, RuntimeError) as error:
+        on_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error)  # torch's
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             raise
-        message = "out of GPU memory.\nHalve --batch-size and double --accumulate, or add --checkpoint; stage 1: fewer samples."
+        message = (f"out of {'GPU ' * on_gpu}memory.\n"
+                   "Halve --batch-size and double --accumulate, or add --checkpoint; stage 1: fewer samples.")  # fmt: skip
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"no space left to write {error.filename or 'a file'}.\nFree some space and repeat; resume with --resume."

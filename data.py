@@ -346,7 +346,9 @@ class Split:
         import torch
 
         array = part.read(index.cpu().numpy(), None if u is None else u.cpu().numpy())
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        array = torch.from_numpy(np.ascontiguousarray(array))
+        array = array.pin_memory() if self.device.type == "cuda" else array  # else the copy waits for the work before it
+        return array.to(self.device, non_blocking=True)
 
     def _prepare(self, x, u):
         import torch

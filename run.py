@@ -1,6 +1,7 @@
 """Run management: optimizer and schedule, processes, seeds, the run folder with its checkpoints, evaluation, tracking."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -154,6 +155,7 @@ def write(path, content):
         file.write(content)
 
 
+@functools.cache
 def commit():
     """The commit of this code, with "-dirty" if it was changed since; None if it is not the root of a git repository."""
     root, git = Path(__file__).parent, shutil.which("git")
@@ -161,6 +163,9 @@ def commit():
         return None
     describe = [git, "-C", root, "describe", "--always", "--dirty", "--exclude", "*"]
     return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+
+
+commit()  # of the code that is imported now, whatever is committed while it runs: reproduce.py imports it once for all runs
 
 
 def checksum(split):
@@ -189,7 +194,7 @@ def mean_loss(losses, split, step, epoch, args):
             order, _ = split.plan(len(losses), args.batch_size, args.seed, epoch)
             samples = order[first + i].tolist()
             raise UserError(
-                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, samples {samples[:8]}... of the training set.\n"
+                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, samples {samples[:8]}... of the split.\n"
                 "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would fail again."
             )
     return sum(recent) / len(recent)
@@ -311,15 +316,16 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = f"{self.folder}: another process is training this run.\nWait for it, or give another --out-dir."
         self.lock = None if self.result_file.exists() else data.files.lock(self.folder / ".lock", busy)  # finished: read only
-        identity |= {"checksums": [checksum(split) if split.kind == "official" else None for split in splits]}
+        identity["checksums"] = [checksum(split) if split.kind == "official" else None for split in splits]
+        identity["weights"] = data.files.weights_checksums(self.args.backbone, getattr(self.args, "text_encoder", None))
         if self.begun():
             if not self.args.resume:
                 state = (
                     "a finished run: see result.json" if self.result_file.exists() else "a run already: continue with --resume"
                 )
                 raise UserError(f"{self.folder} holds {state}.\nOtherwise choose another --out-dir, or remove the folder.")
-            before = json.loads((self.folder / "args.json").read_text())
-            before.setdefault("checksums", identity["checksums"])  # runs of earlier versions have none
+            before = {k: identity[k] for k in ("checksums", "weights")}  # runs of earlier versions have none
+            before |= json.loads((self.folder / "args.json").read_text())
             free = ("resume", "out_dir", "data_dir", "track")  # options that do not change the result
             other = [
                 f"{k} was {before.get(k)!r}, now {v!r}"
@@ -631,7 +637,7 @@ def load(folder):
     if not {"architecture", "facts"} <= about.keys():
         raise UserError(
             f"{best} does not say what its model needs: an earlier version wrote it.\n"
-            f"Remove {result} and repeat the run's command with --resume: it is tested again, not trained."
+            f"With last.pt: remove {result} and repeat the command with --resume; it is not trained again. Without: repeat it."
         )
     args = json.loads(arguments.read_text())
     task = data.recall(args["task"], about["facts"])

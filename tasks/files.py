@@ -5,14 +5,17 @@ A damaged file, or one with other values than the task needs, ends with a UserEr
 
 import contextlib
 import errno
+import glob
 import gzip
 import hashlib
 import http.client
+import math
 import os
 import pickle
 import re
 import shutil
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -127,7 +130,7 @@ def present(download, data_dir):
 
     def found(pattern):
         deep = [f"{'*/' * depth}{pattern[3:]}" for depth in range(DEPTH)] if pattern.startswith("**/") else [pattern]
-        return any(path.suffix != ".part" for d in deep for path in find(data_dir, d))
+        return any(path.suffix not in (".part", ".lock") for d in deep for path in find(data_dir, d))
 
     return all(found(pattern) for pattern in download.gives)
 
@@ -214,7 +217,10 @@ def retrieve(download, path):
             ) from error
         total = size_said(error.headers) or have
     except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # of the disk
+            error.filename = str(part)
+            raise
+        if isinstance(error, PermissionError):
             raise
         raise UserError(
             f"{download.url} cannot be reached ({error}).\n"
@@ -328,7 +334,7 @@ def reading(path, what):
             ) from error
         if isinstance(error, OSError) and number:  # of the disk or the network
             raise UserError(f"{path} cannot be read: {error.strerror or why}.") from error
-        raise UserError(f"{path} is not a readable {what} ({why}).\nRemove it and download it again.") from error
+        raise UserError(f"{path} is not a readable {what} ({why}).\nRemove it and download or save it again.") from error
 
 
 def read_text(path):
@@ -358,6 +364,10 @@ def beside(path, name):
 def replacing(path):
     """A temporary file to write bytes to, renamed to `path` once complete: another process may be writing the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):  # of a killed process
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > 24 * 3600:
+                left.unlink()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -369,6 +379,13 @@ def replacing(path):
         raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def weights_checksums(*names):
+    """CRC-32 of the files of weights among `names`, which are files, folders or names of a hub (left out)."""
+    paths = [Path(name).expanduser() for name in names if name]
+    files = [file for path in paths for file in (path, *path.glob("*.safetensors"), *path.glob("*.bin")) if file.is_file()]
+    return [zlib.crc32(file.read_bytes()) for file in sorted(files)]
 
 
 def save_array(path, array):
@@ -405,7 +422,11 @@ def kept_of_file(cache, name, file, make, *what):
 def read_npy(path, shape=None):
     """The array in an .npy file. Raises UserError if it is damaged, or not shaped as `shape` says (None: any number)."""
     with reading(path, ".npy file"), path.open("rb") as file:
-        check_dtype(path, npy_header(file)[2])
+        shape_said, _, dtype = npy_header(file)
+        check_dtype(path, dtype)
+        said, size = file.tell() + math.prod(shape_said) * dtype.itemsize, path.stat().st_size
+        if size < said:
+            raise ValueError(f"{size:,} of {said:,} bytes")
         file.seek(0)
         array = np.load(file, allow_pickle=False)
     return check_shape(path, array, shape or (None,) * array.ndim)

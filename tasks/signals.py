@@ -118,6 +118,10 @@ def read_wav(path, start=None):
     from scipy.io import wavfile
 
     with reading(path, "wav file"):
+        with path.open("rb") as file:  # RIFF, the size of what follows; 0 or all ones: written as a stream
+            size = int.from_bytes(file.read(8)[4:], "little")
+        if size not in (0, 2**32 - 1) and path.stat().st_size < size + 7:  # a last byte of padding may be missing
+            raise ValueError(f"{path.stat().st_size:,} of {size + 8:,} bytes")  # scipy would read what is there
         try:
             rate, sound = wavfile.read(path, mmap=start is not None)
         except ValueError:  # samples of 24 bits cannot be mapped

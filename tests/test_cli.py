@@ -96,7 +96,7 @@ def test_an_option_of_several_numbers_needs_one(script, tmp_path):
     assert "--sigmas needs at least one number" in script("contrast.py", "--sigmas", out=tmp_path, code=2)
 
 
-def test_a_full_gpu_costs_two_lines_and_other_errors_are_shown(capsys):
+def test_full_memory_costs_two_lines_and_other_errors_are_shown(capsys):
     class OutOfMemoryError(RuntimeError):
         pass
 
@@ -107,6 +107,10 @@ def test_a_full_gpu_costs_two_lines_and_other_errors_are_shown(capsys):
         cli.guarded(raises, OutOfMemoryError("CUDA out of memory"))
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "out of GPU memory.\nHalve --batch-size and double --accumulate" in said
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        with pytest.raises(SystemExit):
+            cli.guarded(raises, error)
+        assert "out of memory.\nHalve --batch-size" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="another"):
         cli.guarded(raises, RuntimeError("another"))
 

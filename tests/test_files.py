@@ -1,5 +1,6 @@
 """Reading what cannot be trusted, and downloading it."""
 
+import errno
 import hashlib
 import io
 import os
@@ -149,6 +150,43 @@ def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
     (tmp_path / "protein.zip").write_bytes(b"half a zip")
     with pytest.raises(cli.UserError, match="protein.zip is not a complete archive"):
         files.fetch(files.DOWNLOADS["protein"], tmp_path)
+
+
+def test_the_lock_of_a_killed_download_is_not_taken_for_the_file(tmp_path):
+    (tmp_path / "tiny-imagenet-200.zip.lock").touch()
+    (tmp_path / "tiny-imagenet-200.zip.part").touch()
+    assert not files.present(files.DOWNLOADS["tiny_imagenet"], tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EFBIG, errno.ENOSPC])
+def test_an_error_of_the_disk_is_not_taken_for_one_of_the_network(tmp_path, server, monkeypatch, number):
+    server.content = RNG.bytes(5000)
+
+    def cannot_write(self, mode):
+        raise OSError(number, "this disk", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "open", cannot_write)
+    with pytest.raises(OSError, match="this disk") as raised:
+        files.retrieve(files.Download(f"{server.url}/a.zip", None, 1, ("a.zip",)), tmp_path / "a.zip")
+    assert raised.value.filename == str(tmp_path / "a.zip.part")
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_after_a_day(tmp_path):
+    old, new = tmp_path / "x.npy.1.part", tmp_path / "x.npy.2.part"
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (0, 0))
+    files.save_array(tmp_path / "x.npy", np.arange(3))
+    assert not old.exists() and new.exists() and np.load(tmp_path / "x.npy").sum() == 3
+
+
+def test_a_file_that_claims_more_than_it_holds_is_named(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(10))
+    whole = (tmp_path / "x.npy").read_bytes()
+    for claim, size in ((b"(10,), }          ", 208), (b"(90000000000000,)}", 720_000_000_000_128)):  # too much for any memory
+        (tmp_path / "x.npy").write_bytes(whole[:-8].replace(b"(10,), }          ", claim))
+        with pytest.raises(cli.UserError, match=rf"x.npy is not a readable .npy file \(200 of {size:,} bytes\)"):
+            files.read_npy(tmp_path / "x.npy")
 
 
 def test_an_archive_that_is_still_there_was_not_unpacked_to_its_end(tmp_path):

@@ -457,8 +457,8 @@ def test_one_of_two_files_with_the_same_name_is_not_chosen(tmp_path):
     (OSError("Unable to open file (unable to lock file, errno = 524)"), "is locked", "HDF5_USE_FILE_LOCKING"),
     (OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error", ""),
     (FileNotFoundError(errno.ENOENT, "No such file or directory"), "cannot be read: No such file", ""),
-    (EOFError("Ran out of input"), "is not a readable thing", "Remove it and download it again"),
-    (OSError("truncated file: eof = 9"), "is not a readable thing", "Remove it and download it again"),
+    (EOFError("Ran out of input"), "is not a readable thing", "Remove it and download or save it again"),
+    (OSError("truncated file: eof = 9"), "is not a readable thing", "Remove it and download or save it again"),
 ])  # fmt: skip
 def test_advice_fits_the_cause(error, match, advice):
     with pytest.raises(UserError, match=f"f.h5 {match}") as raised, files.reading("f.h5", "thing"):

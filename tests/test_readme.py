@@ -141,7 +141,7 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "cifar100", "pare", "frozen", "points better, p = 0.87, and {}, p = 0.34)"),
         (results, "cifar100", "mona-e10", "orca", "in each of five seeds (p = 0.008), {} points better than ORCA"),
         (results, "cifar100", "mona-e10", "naive", "than ORCA (p = 0.01) and {} better than naive"),
-        (results, "satellite", "mona-e10", "mona", "With ten meta-epochs MoNA is better than with two in each seed, by {} points"),
+        (results, "satellite", "mona-e10", "mona", "ten meta-epochs MoNA is better than with two in each seed, by {} points"),
         (results, "satellite", "mona-e10", "orca", "and worse than ORCA in each, by {} (p"),
         (measurements, "cifar100", "contrast-stage2", "naive", "by {} points with rollout"),
         (measurements, "cifar100", "contrast-stage2-random", "naive", "by {} with random scores"),

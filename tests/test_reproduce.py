@@ -44,7 +44,7 @@ def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path
 
 def test_reproduce_compares_methods_by_task(capsys):
     rows = [
-        {"task": task, "method": method, "seed": seed, "test": error, "test_last": error}
+        {"task": task, "method": method, "seed": seed, "data": "toy", "test": error, "test_last": error}
         for task, scale in (("a", 1.0), ("b", 10.0), ("openml187", 1.0))  # the last is saturated, and left out
         for seed in range(4)
         for method, error in (("naive", scale * (1 + 0.1 * seed)), ("pare", scale * (0.9 + 0.1 * seed)))
@@ -52,6 +52,12 @@ def test_reproduce_compares_methods_by_task(capsys):
     reproduce.paired(rows)
     line = capsys.readouterr().out.splitlines()[-1]  # 0.1 better, of a mean of 1.15: two tasks of one sign, p = 2 / 2^2
     assert line == "| pare | 2 (8) | 2, 0 | -8.7 % | 0.5 | 2 (8) | 2, 0 | -8.7 % | 0.5 |"
+
+
+def test_runs_on_different_data_are_no_pair():
+    row = {"task": "a", "seed": 0, "test_last": 0.5}
+    rows = [row | {"method": method, "data": data} for method, data in (("naive", "simulated"), ("orca", "official"))]
+    assert reproduce.pairs(rows, "a", "orca", "naive") == ([], [])
 
 
 def test_the_table_compares_seed_by_seed(capsys):

@@ -176,6 +176,7 @@ def test_activation_checkpointing_changes_no_weight(tmp_path, method):
 
 def test_neither_git_nor_a_compiler_is_needed(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(run, "commit", run.commit.__wrapped__)  # as in a process that starts now
     script("finetune.py", *SHORT[:-1], 1, "--mode", "probe", out=tmp_path)
     assert result(tmp_path / "spherical-probe-tiny-swin-s0-toy")["commit"] is None
     assert "needs a C++ compiler" in script("finetune.py", *SHORT, "--compile", out=tmp_path / "compiled", code=2)
@@ -276,17 +277,19 @@ def test_the_commit_is_that_of_this_code_and_says_if_it_was_changed(tmp_path, mo
     git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words],
                                         check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
-    assert run.commit() is None
+    commit = run.commit.__wrapped__  # not cached
+    assert commit() is None
     git("init", "-q")
     (tmp_path / "run.py").write_text("1")
     git("add", ".")
     git("commit", "-q", "-m", "first")
     git("tag", "v1")
-    assert run.commit() == git("rev-parse", "--short", "HEAD")
+    assert commit() == git("rev-parse", "--short", "HEAD")
     (tmp_path / "run.py").write_text("2")
-    assert run.commit() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    assert commit() == git("rev-parse", "--short", "HEAD") + "-dirty"
+    assert run.commit() != commit()  # it is that of the code which was imported
     monkeypatch.setattr(run, "__file__", str(tmp_path / "inside" / "run.py"))  # a copy in the repository of something else
-    assert run.commit() is None
+    assert commit() is None
 
 
 def test_a_checkpoint_of_another_run_is_refused(script, uninterrupted, tmp_path):

@@ -317,6 +317,20 @@ def test_other_data_of_the_same_size_are_noticed(tmp_path):
     here(*command, "--resume", out=tmp_path)
 
 
+def test_another_backbone_in_the_same_file_is_noticed(tmp_path):
+    backbone = tmp_path / "mine.safetensors"
+    shutil.copy(ROOT / "weights/tiny-roberta.safetensors", backbone)
+    command = ["finetune.py", "--task", "satellite", "--mode", "probe", "--n-train", 40, "--epochs", 1, "--backbone", backbone]
+    here(*command, "--scale", "tiny", out=tmp_path)
+    here(*command, "--scale", "tiny", "--resume", out=tmp_path)
+    weights = load_file(backbone)
+    with safe_open(backbone, "pt") as file:
+        about = file.metadata()
+    save_file({name: weight + 1 for name, weight in weights.items()}, backbone, about)
+    with pytest.raises(cli.UserError, match=r"weights was \["):
+        here(*command, "--scale", "tiny", "--resume", out=tmp_path)
+
+
 @pytest.mark.parametrize("change", ["first input", "last target"])
 def test_a_checksum_sees_all_targets(change):
     x, y = torch.randn(40, 1, 46).numpy(), torch.arange(40).numpy() % 24

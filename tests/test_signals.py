@@ -259,6 +259,11 @@ def test_damaged_sounds_are_named(tmp_path):
     (tmp_path / "audio/chunks/eval_0_0.wav").write_bytes(b"RIFF")
     with pytest.raises(cli.UserError, match="eval_0_0.wav is not a readable wav file"):
         list(loaded.test.batches(1, 10, 0, 0))  # read in another thread
+    whole = tmp_path / "audio/chunks/eval_0_1.wav"
+    whole.write_bytes(whole.read_bytes()[:-3000])
+    for start in (None, 0.5):
+        with pytest.raises(cli.UserError, match=r"eval_0_1.wav is not a readable wav file \([\d,]+ of [\d,]+ bytes"):
+            signals.read_wav(whole, start)
     (tmp_path / "audio/chunks/tr_0_0.wav").unlink()
     with pytest.raises(cli.Missing, match="tr_0_0.wav"):
         full("fsd50k", tmp_path)

@@ -551,8 +551,10 @@ MUTATIONS = {
          "test_a_mistake_costs_two_lines_and_exit_code_2"),
         ("no upper bound", "if not 0 <= number <= most:", "if not 0 <= number:",
          "test_a_mistake_costs_two_lines_and_exit_code_2"),
-        ("every error is called a full GPU", 'if type(error).__name__ != "OutOfMemoryError":', "if False:",
-         "test_a_full_gpu_costs_two_lines_and_other_errors_are_shown"),
+        ("every error is called full memory", "if not (on_gpu or isinstance(error, MemoryError)", "if not (True",
+         "test_full_memory_costs_two_lines_and_other_errors_are_shown"),
+        ("full memory is not reported", "on_gpu or isinstance(error, MemoryError)", "on_gpu",
+         "test_full_memory_costs_two_lines_and_other_errors_are_shown"),
         ("a mistake exits with 1", "raise SystemExit(2)", "raise SystemExit(1)", "test_a_forbidden_folder_costs_two_lines"),
     ],
     "backbones.py": [

@@ -277,8 +277,8 @@ def known_methods(rows):
 
 
 def pairs(rows, task, method, base, which="test_last"):
-    """Errors of a method and of the base in the runs with the same seeds: two lists."""
-    ours, theirs = ({row["seed"]: row[which] for row in of(rows, task=task, method=m)} for m in (method, base))
+    """Errors of a method and of the base in the runs with the same seeds, on the same kind of data: two lists."""
+    ours, theirs = ({(row["seed"], row["data"]): row[which] for row in of(rows, task=task, method=m)} for m in (method, base))
     both = sorted(ours.keys() & theirs.keys())
     return [ours[seed] for seed in both], [theirs[seed] for seed in both]
 

@@ -9,7 +9,9 @@
 # important runs come first. Runs go to OUT_DIR, OUT_DIR-1000 and so on, their rows to docs/results*.csv.
 set -euo pipefail
 trap 'exit 130' INT TERM # otherwise Ctrl-C would only end the current line
-data=$(realpath "${1:?folder of the data}") runs=$(realpath -m "${2:?folder for the runs}")
+data=$(realpath "${1:?folder of the data}")
+mkdir -p "${2:?folder for the runs}"
+runs=$(realpath "$2") # macOS has no realpath -m
 if [[ -n ${MINILM:-} ]]; then MINILM=$(realpath "$MINILM"); export MINILM; fi
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
