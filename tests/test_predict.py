@@ -271,7 +271,8 @@ def test_a_folder_of_an_earlier_version_says_how_to_complete_it(finished, tmp_pa
     folder = tmp_path / finished[0].name
     shutil.copytree(finished[0], folder)
     save_file(load_file(folder / "best.safetensors"), folder / "best.safetensors")
-    with pytest.raises(cli.UserError, match="an earlier version wrote it.\nWith last.pt: remove .*result.json and repeat .* with --resume"):
+    said = "an earlier version wrote it.\nWith last.pt: remove .*result.json and repeat .* with --resume"
+    with pytest.raises(cli.UserError, match=said):
         load(folder)
     (folder / "result.json").unlink()
     trained(tmp_path, "spherical", "--n-train", 16, "--resume")
