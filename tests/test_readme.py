@@ -118,8 +118,8 @@ def test_a_comparison_with_naive_is_that_of_its_rows(section, study, n_train, me
 
 
 def test_the_sentences_about_differences_are_of_their_rows():
-    files = ("README.md", "docs/results.md", "docs/why-orca.md", "docs/measurements.md")
-    readme, results, why, measurements = (" ".join((ROOT / name).read_text().split()) for name in files)
+    files = ("README.md", "docs/results.md", "docs/why-orca.md", "docs/measurements.md", "docs/mona.md")
+    readme, results, why, measurements, mona = (" ".join((ROOT / name).read_text().split()) for name in files)
     with (ROOT / "docs/rates-1000.csv").open() as file:
         rates = [row | {"seed": int(row["seed"]), "test_last": float(row["test_last"])} for row in csv.DictReader(file)]
     rows, default, short = measured("-1000"), measured(""), measured("-1000-10")
@@ -142,6 +142,8 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "cifar100", "mona-e10", "orca", "in each of five seeds (p = 0.008), {} points better than ORCA"),
         (results, "cifar100", "mona-e10", "naive", "than ORCA (p = 0.01) and {} better than naive"),
         (results, "satellite", "mona-e10", "mona", "ten meta-epochs MoNA is better than with two in each seed, by {} points"),
+        (mona, "cifar100", "mona-plain-e10", "mona-e10", "as good**: {} points better on cifar100"),
+        (mona, "satellite", "mona-plain-e10", "mona-e10", "(p = 0.90, n = 3), {} worse on satellite"),
         (results, "satellite", "mona-e10", "orca", "and worse than ORCA in each, by {} (p"),
         (measurements, "cifar100", "contrast-stage2", "naive", "by {} points with rollout"),
         (measurements, "cifar100", "contrast-stage2-random", "naive", "by {} with random scores"),
