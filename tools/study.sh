@@ -27,7 +27,7 @@ run() { # NAME of the study ("", -1000, -2000), options of reproduce.py
   fi
 }
 
-methods=(naive orca mona scratch recraft pare warmup frozen lora norms)
+methods=(naive orca mona scratch recraft pare warmup frozen lora norms mona-e10)
 contrast=(contrast contrast-stage1 contrast-gate contrast-random)
 # MINILM: the folder of a text encoder that knows what names mean, as all-MiniLM-L6-v2
 names=(lsg lsg-text lsg-random lsg-simplex lsg-pull ${MINILM:+lsg-minilm lsg-minilm-pull lsg-minilm-text})
