@@ -171,7 +171,8 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         else:
             weights = label_weights(targets, labels) if args.label_weights == "targets" else None
             loss = contrastive_loss(z, labels, weights, args.tau)  # line 3
-        if not loss.isfinite():
+        # asking waits for the device: in each step only as printed, where it may be undefined, otherwise once an epoch
+        if (args.as_printed or not torch.is_grad_enabled()) and not loss.isfinite():
             advice = "Leave out --as-printed: that loss may be undefined." if args.as_printed else "Lower --embedder-lr."
             raise cli.UserError(f"the loss is {loss.item()} in epoch {len(rows)} of stage 1.\n{advice}")
         return loss

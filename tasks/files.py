@@ -217,10 +217,9 @@ def retrieve(download, path):
             ) from error
         total = size_said(error.headers) or have
     except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):  # of the disk
+        of_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+        if getattr(error, "errno", None) in of_disk:
             error.filename = str(part)
-            raise
-        if isinstance(error, PermissionError):
             raise
         raise UserError(
             f"{download.url} cannot be reached ({error}).\n"

@@ -158,7 +158,7 @@ def test_the_lock_of_a_killed_download_is_not_taken_for_the_file(tmp_path):
     assert not files.present(files.DOWNLOADS["tiny_imagenet"], tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EFBIG, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOSPC])
 def test_an_error_of_the_disk_is_not_taken_for_one_of_the_network(tmp_path, server, monkeypatch, number):
     server.content = RNG.bytes(5000)
 

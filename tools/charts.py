@@ -64,7 +64,7 @@ class Args:
 SOURCE, TARGET = "#d1495b", "#00798c"
 COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#8c6d46", "#8d96a3", "#2e4057", "#a44a8b", "#5aa9e6", "#b5c99a", "#f28482",
            "#6d597a", "#9c6644")  # fmt: skip
-METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))  # a method has the same colour in all charts
+METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))  # in sizes, compute and curves
 
 
 def save(figure, args):

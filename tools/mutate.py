@@ -187,7 +187,7 @@ MUTATIONS = {
          "test_the_printed_loss_is_its_formula"),
         ("--label-weights ignored", 'if args.label_weights == "targets" else None', "", CONTRAST_FIELDS),
         ("--as-printed ignored", "if args.as_printed:", "if False:", CONTRAST_FIELDS),
-        ("an undefined loss goes on", "if not loss.isfinite():", "if False:",
+        ("an undefined loss goes on", "not loss.isfinite():", "False:",
          "test_the_printed_formula_stops_the_run_where_it_is_undefined"),
         ("one view", "twice = index.repeat_interleave(2)", "twice = index", CONTRAST_1),
         ("no noise", "noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))", "noised = encode",
