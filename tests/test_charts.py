@@ -75,6 +75,41 @@ def test_the_table_has_a_column_for_each_task_and_size(results, capsys):
         charts.main(charts.Args("table", (file,), methods=("orka",)))
 
 
+def test_gains_are_ratios_to_naive_with_the_same_seed(use, results, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "save", lambda figure, args, save=charts.save: (drawn.append(figure), save(figure, args)))
+    errors = {"naive": (0.5, 0.6, 0.7), "pare": (0.4, 0.52, 0.61), "lora": (0.4, 0.5, 0.69)}  # p = 0.004 and 0.11
+    rows = [("a", method, seed, error, 1000, 9) for method, of_it in errors.items() for seed, error in enumerate(of_it)]
+    rows += [("b", "naive", seed, error, 900, 9) for seed, error in enumerate((0.1, 0.2))] + [("b", "orca", 1, 0.3, 900, 9)]
+    rows += [("c", "naive", 0, 0.0, 90, 9), ("c", "orca", 0, 0.1, 90, 9)]  # naive has no error: no ratio
+    found = use("gains", results("all.csv", *rows))
+    assert {key: list(ratios) for key, ratios in found.items()} == {("a", 1000): ["pare", "lora"], ("b", 900): ["orca"]}
+    assert found["b", 900]["orca"] == pytest.approx([1.5])  # of seed 1 alone
+    assert found["a", 1000]["pare"] == pytest.approx([0.4 / 0.5, 0.52 / 0.6, 0.61 / 0.7])
+    large = [line for line in drawn[0].axes[0].lines if line.get_markersize() == 9]
+    assert [line.get_xdata()[0] for line in large] == pytest.approx(
+        [np.prod(found["a", 1000][m]) ** (1 / 3) for m in ("pare", "lora")]
+    )
+    assert [line.get_markerfacecolor() == "white" for line in large] == [False, True]  # filled: p < 0.05
+    assert [axis.get_title() for axis in drawn[0].axes] == ["a, 1,000", "b, 900"]
+
+
+def test_pairs_compare_each_method_with_each_other_one(results, capsys):
+    errors = {"naive": (0.5, 0.6, 0.7), "pare": (0.4, 0.52, 0.61), "orca": (0.5, 0.5)}
+    rows = [("a", method, seed, error, 1000, 9) for method, of_it in errors.items() for seed, error in enumerate(of_it)]
+    rows += [("b", "naive", 0, 0.1, 90, 9), ("a", "mona", 0, 0.5, 1000, 9)]
+    found = charts.main(charts.Args("pairs", (str(results("all.csv", *rows)),)))
+    assert found == {("a", 1000): ["pare", "orca", "mona", "naive"]}  # b has one method
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "| a, 1,000 samples | orca | mona | naive |",
+        "|---|---|---|---|",
+        "| pare | -0.0400 ± 0.0849 |  | -0.0900 ± 0.0100, p = 0.0041 |",
+        "| orca |  |  | -0.0500 ± 0.0707 |",
+        "| mona |  |  |  |",
+    ]
+
+
 def test_details_put_a_variant_beside_its_method(results, capsys):
     errors = {"pare": (0.5, 0.6, 0.7), "pare-end": (0.4, 0.52, 0.61), "orca-e5": (0.1,), "naive": (0.9, 0.9, 0.9)}
     file = results("all.csv", *[("a", m, seed, e, 9, 9) for m, of_it in errors.items() for seed, e in enumerate(of_it)])
@@ -208,6 +243,8 @@ def test_mistakes_are_told(use, results, runs, tmp_path):
         ("sizes", [one, one], "a naive, seeds 0, 0, cannot be averaged: they have a seed twice"),
         ("sizes", [one, results("lr.csv", ("a", "naive", 1, 0.1, 100, 9), lr=1)], "seeds 0, 1, .* differ in lr"),
         ("sizes", [one, two, "--methods", "naive", "orka"], "no runs of orka"),
+        ("gains", [one], "no method has a run with the seed of a run of naive"),
+        ("pairs", [one, one], "they have a seed twice"),
         ("compute", [one, two], "differ in n_train"),
         ("compute", [one, tmp_path / "none.csv"], "none.csv is missing"),
         ("start", [tmp_path / "text.csv"], "text.csv is not a results.csv"),

@@ -3,6 +3,8 @@
 From the results.csv of tools/reproduce.py, one for each set of options, for example those in docs/:
 
     python tools/charts.py table CSV...           methods and tasks, as in README
+    python tools/charts.py gains CSV...           the same as a picture, relative to naive fine-tuning
+    python tools/charts.py pairs CSV...           each method against each other one: difference and p
     python tools/charts.py details CSV...         variants (tools/variants.py), each beside its method
     python tools/charts.py start CSV...           the methods with copied and with random weights of the target embedder
     python tools/charts.py sizes CSV...           error against the number of training samples
@@ -37,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from tools.reproduce import METHODS, apart, collect, known_methods, of, p_value, read, read_results, spread
+from tools.reproduce import METHODS, apart, collect, known_methods, of, p_value, pairs, read, read_results, spread
 
 matplotlib.use("Agg")
 
@@ -45,7 +47,8 @@ matplotlib.use("Agg")
 @dataclass(frozen=True)
 class Args:
     what: Annotated[
-        Literal["table", "details", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"], tyro.conf.Positional
+        Literal["table", "gains", "pairs", "details", "start", "sizes", "compute", "curves", "budget", "gate", "ablation"],
+        tyro.conf.Positional,
     ]
     """the chart"""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -53,8 +56,8 @@ class Args:
     out: str = str(ROOT / "docs/figures")
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
-    """table, details, sizes, compute: methods to show. Default: all; of sizes and compute, those with runs at several x.
-    Tasks where none of them has such runs are left out"""
+    """methods to show, of the charts of results.csv but `start`. Default: all; of sizes and compute, those with runs at
+    several x. Tasks where none of them has such runs are left out"""
     out_dir: str = "runs"
     """gate, ablation: runs of tools/reproduce.py"""
     task: str = "spherical"
@@ -86,16 +89,17 @@ def plain(*axes, grid="both"):
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def readable(axis):
-    """A logarithmic y axis with decimal numbers, also between the powers of ten; linear where the values are close."""
-    low, high = axis.dataLim.intervaly
+def readable(axis, which="y"):
+    """A logarithmic axis with decimal numbers, also between the powers of ten; linear where the values are close."""
+    low, high = getattr(axis.dataLim, f"interval{which}")
     if low <= 0 or high < 5 * low:
         return
-    axis.set_yscale("log")
-    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 4, 6, 8)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="y", which="minor", labelsize=7)
+    axis.set(**{f"{which}scale": "log"})
+    ticks = getattr(axis, f"{which}axis")
+    ticks.set_minor_locator(LogLocator(subs=(2, 4, 6, 8) if which == "y" else (2, 5)))  # labels of x need more room
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter("{x:g}")
+    axis.tick_params(axis=which, which="minor", labelsize=7)
 
 
 def dots(axis, groups, colour, x=None, line="none", label=None):
@@ -178,6 +182,69 @@ def table(args):
         if any(method in cells for cells in columns.values()):
             print(f"| {method} |", " | ".join(cells.get(method, "") for cells in columns.values()), "|")
     return {column: list(cells) for column, cells in columns.items()}
+
+
+def gains(args):
+    """Error at the last epoch divided by that of naive fine-tuning with the same seed, a panel for each column of `table`.
+
+    A small dot is a seed, a large one their geometric mean, filled where `table` has an asterisk (p < 0.05).
+    Returns: (task, n_train) -> method -> ratios, one for each seed.
+    """
+    rows, found = rows_in(args.inputs), {}
+    methods = [method for method in known_methods(rows) if method in chosen(args, rows) and method != "naive"]
+    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
+        those = of(rows, task=task, n_train=n_train)
+        errors_of(those, "method")  # raises if runs of a method do not belong together
+        both = {method: pairs(those, task, method, "naive") for method in methods}
+        # without errors of 0, as on a table that is solved: their ratio means nothing
+        if ratios := {m: np.divide(ours, naive) for m, (ours, naive) in both.items() if ours and all(ours + naive)}:
+            found[task, n_train] = ratios  # each (seeds,)
+    if not found:
+        raise cli.UserError("gains: no method has a run with the seed of a run of naive.\nRun naive with the same seeds.")
+    columns = min(len(found), 5)
+    lines = -(-len(found) // columns)
+    size = 1 + 2.4 * columns, (0.7 + 0.2 * len(methods)) * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, ((task, n_train), ratios) in itertools.zip_longest(axes.flat, found.items(), fillvalue=((None, None), None)):
+        if ratios is None:
+            axis.remove()
+            continue
+        axis.axvline(1, color="0.5", linewidth=1)
+        for method, ratio in ratios.items():
+            at, colour = methods.index(method), METHOD_COLOURS.get(method, "0.4")
+            p = p_value(of(rows, n_train=n_train), task, method)
+            axis.plot(np.exp(np.log(ratio).mean()), at, "o", color=colour, markersize=9,
+                      markerfacecolor=colour if p is not None and p < 0.05 else "white")  # fmt: skip
+            axis.plot(ratio, np.full(len(ratio), at), ".", color="black", markersize=3)
+        readable(axis, "x")
+        axis.set_title(f"{task}, {n_train:,}", fontsize=10)
+    axes[0, 0].set_yticks(range(len(methods)), methods)
+    axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
+    plain(*figure.axes)
+    figure.supxlabel("error on test, divided by that of naive fine-tuning", fontsize=10)
+    save(figure, args)
+    return found
+
+
+def versus(args):
+    """Print a Markdown table for each task: row minus column at the last epoch, same seeds, mean ± std, p of a paired t test.
+
+    Returns: (task, n_train) -> methods.
+    """
+    rows, shown = rows_in(args.inputs), {}
+    methods = chosen(args, rows)
+    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
+        those = of(rows, task=task, n_train=n_train)
+        errors = errors_of(those, "method")  # raises if runs of a method do not belong together
+        have = [method for method in known_methods(rows) if method in errors and method in methods]
+        if len(have) < 2:
+            continue
+        shown[task, n_train] = have
+        print(f"\n| {task}, {n_train:,} samples | {' | '.join(have[1:])} |\n|---" + "|---" * (len(have) - 1) + "|")
+        for i, method in enumerate(have[:-1], 1):
+            cells = [apart(those, task, method, other).replace(" | ", ", p = ").removesuffix(", p = ") for other in have[i:]]
+            print(f"| {method} |", " | ".join((i - 1) * [""] + cells), "|")
+    return shown
 
 
 RANDOM = {"naive": "naive-random", "orca": "orca-random", "mona": "mona-random", "pare": "pare-random",
@@ -423,9 +490,9 @@ def ablation(args):
 MANY = 999
 # what: smallest and largest number of arguments after it, function
 COMMANDS = {
-    "table": (1, MANY, table), "details": (1, MANY, details), "start": (1, MANY, start), "sizes": (1, MANY, against),
-    "compute": (1, MANY, against), "curves": (1, MANY, curves), "budget": (1, MANY, budget), "gate": (0, 0, gate),
-    "ablation": (0, 0, ablation),
+    "table": (1, MANY, table), "gains": (1, MANY, gains), "pairs": (1, MANY, versus), "details": (1, MANY, details),
+    "start": (1, MANY, start), "sizes": (1, MANY, against), "compute": (1, MANY, against), "curves": (1, MANY, curves),
+    "budget": (1, MANY, budget), "gate": (0, 0, gate), "ablation": (0, 0, ablation),
 }  # fmt: skip
 
 
