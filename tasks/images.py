@@ -6,10 +6,12 @@ Shapes: n samples, B batch, C channels, H W sizes, 2b x 2b the sphere's grid.
 torch is imported only where it is used, in all of tasks/ except pde.py, so that `python data.py` starts quickly.
 """
 
+import glob
 import hashlib
 import io
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -101,7 +103,8 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
     root = data_dir / "tiny-imagenet-200"
     archives = find(data_dir, "tiny-imagenet-200*.zip")
     if root.is_dir():
-        open_file = {p.relative_to(root).as_posix(): p.open for p in root.rglob("*") if p.suffix in (".JPEG", ".txt")}
+        names = glob.iglob("**", root_dir=root, recursive=True)  # also of linked folders
+        open_file = {Path(name).as_posix(): (root / name).open for name in names if name.endswith((".JPEG", ".txt"))}
     else:
         for path in archives:
             try:

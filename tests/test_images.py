@@ -67,10 +67,10 @@ def test_without_it_cifar100_is_projected_once(tmp_path):
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
 
-@pytest.mark.parametrize("layout", ["folder", "one zip", "two zips"])
+@pytest.mark.parametrize("layout", ["folder", "links", "one zip", "two zips"])
 def test_tiny_imagenet_from_its_folder_or_its_zips(tmp_path, layout):
     for i, (name, content) in enumerate(TINY.items()):
-        if layout == "folder":
+        if layout in ("folder", "links"):
             path = tmp_path / "tiny-imagenet-200" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -78,6 +78,9 @@ def test_tiny_imagenet_from_its_folder_or_its_zips(tmp_path, layout):
             part = f".part{i % 2}" if layout == "two zips" else ""
             with zipfile.ZipFile(tmp_path / f"tiny-imagenet-200{part}.zip", "a") as archive:
                 archive.writestr(f"tiny-imagenet-200/{name}", content)
+    if layout == "links":
+        train = (tmp_path / "tiny-imagenet-200/train").rename(tmp_path / "elsewhere")
+        (tmp_path / "tiny-imagenet-200/train").symlink_to(train)
     x, y = images.read_tiny_imagenet(tmp_path)
     assert x.shape == (3, 3, 64, 64) and y.tolist() == [0, 0, 1]
     assert abs(x[0].astype(int) - 90).max() < 4 and abs(x[2, 0].astype(int) - 200).max() < 4
