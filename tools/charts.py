@@ -53,7 +53,7 @@ class Args:
     """the chart"""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """results.csv files, or folders of finished runs"""
-    out: str = str(ROOT / "docs/figures")
+    out: str = "."
     """output folder; the file name is WHAT.png"""
     methods: tuple[str, ...] = ()
     """methods to show, of the charts of results.csv but `start`. Default: all; of sizes and compute, those with runs at
@@ -187,8 +187,8 @@ def table(args):
 def gains(args):
     """Error at the last epoch divided by that of naive fine-tuning with the same seed, a panel for each column of `table`.
 
-    A small dot is a seed, a large one their geometric mean, filled where `table` has an asterisk (p < 0.05).
-    Returns: (task, n_train) -> method -> ratios, one for each seed.
+    A small dot is a seed, a large one the geometric mean of several, filled where `table` has an asterisk (p < 0.05). The
+    baselines and the references are grey. Returns: (task, n_train) -> method -> ratios, one for each seed.
     """
     rows, found = rows_in(args.inputs), {}
     methods = [method for method in known_methods(rows) if method in chosen(args, rows) and method != "naive"]
@@ -211,17 +211,18 @@ def gains(args):
             continue
         axis.axvline(1, color="0.5", linewidth=1)
         for method, ratio in ratios.items():
-            at, colour = methods.index(method), METHOD_COLOURS.get(method, "0.4")
-            p = p_value(of(rows, n_train=n_train), task, method)
-            axis.plot(np.exp(np.log(ratio).mean()), at, "o", color=colour, markersize=9,
-                      markerfacecolor=colour if p is not None and p < 0.05 else "white")  # fmt: skip
-            axis.plot(ratio, np.full(len(ratio), at), ".", color="black", markersize=3)
+            at, p = methods.index(method), p_value(of(rows, n_train=n_train), task, method)
+            colour = "0.45" if METHODS.get(method, "finetune.py").startswith("finetune.py") else TARGET
+            axis.plot(ratio, np.full(len(ratio), at + 0.3), ".", color=colour, markersize=4)  # below the large one
+            if len(ratio) > 1:
+                filled = colour if p is not None and p < 0.05 else "white"
+                axis.plot(np.exp(np.log(ratio).mean()), at, "o", color=colour, markerfacecolor=filled, markersize=8)
         readable(axis, "x")
         axis.set_title(f"{task}, {n_train:,}", fontsize=10)
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
     plain(*figure.axes)
-    figure.supxlabel("error on test, divided by that of naive fine-tuning", fontsize=10)
+    figure.supxlabel("error on test, divided by that of naive fine-tuning (left of 1: better)", fontsize=10)
     save(figure, args)
     return found
 

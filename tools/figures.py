@@ -67,7 +67,7 @@ class Args:
     """folders of finished runs. discrepancy: tasks; default cifar100 spherical darcy shallow_water2d"""
     data_dir: str = "datasets"
     """folder with the data of the runs and CIFAR-10; discrepancy: Tiny-ImageNet and the tasks; scores: CIFAR-100"""
-    out: str = str(ROOT / "docs")
+    out: str = "."
     """output folder; the file name is WHAT.png"""
     out_dir: str = "runs"
     """discrepancy: prepared data are written to its cache/"""
