@@ -26,9 +26,8 @@ four defects, each shown by a test:
     python contrast.py --task spherical
 
 Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fine-tuning in parentheses: error on satellite
-0.388 ± 0.023 (0.417 ± 0.012), on cifar100 0.833 ± 0.004 (0.784 ± 0.004); there, stage 2 alone 0.777 ± 0.004,
-with random scores 0.773 ± 0.004, stage 1 alone 0.832 ± 0.002.
-docs/measurements.md has the commands and more.
+0.388 ± 0.023 (0.417 ± 0.012), on cifar100 0.833 ± 0.004 (0.784 ± 0.004); there stage 2 alone 0.777 ± 0.004,
+with random scores 0.773 ± 0.004, stage 1 alone 0.832 ± 0.002. docs/measurements.md has the commands and more.
 
 What the slides leave open, and what was chosen: docs/paper-vs-code.md, C1 to C12.
 """
