@@ -69,7 +69,7 @@ class Args:
     """step, data: worker processes of the DataLoader"""
     data_dir: str = "datasets"
     """curve: folder with CIFAR-100 and Tiny-ImageNet"""
-    out: str = str(Path(__file__).resolve().parent.parent / "docs")
+    out: str = "."
     """curve: output folder of the figure"""
     backbone: str = "tiny-swin"
     """meta: backbone of the model. random:swin_base has the size used in the papers"""
@@ -636,7 +636,7 @@ def curve(args):
     path is repeated from weights with a relative perturbation of 1e-6.
     """
     device, _ = choose_device()
-    train = data.load("spherical", args.data_dir, Path(args.out).parent / "runs/cache", "tiny", 5000, 0, device).train
+    train = data.load("spherical", args.data_dir, "runs/cache", "tiny", 5000, 0, device).train
     source_set = data.load_proxy("tiny_imagenet", args.data_dir, "tiny", 5000, 0, device)
     n, losses = args.steps or 200, {}
     eager = "fp32, eager, two passes"
