@@ -254,6 +254,11 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "satellite", "pare", "naive", "after 400 steps (p = 0.02), PaRe {} (p"),
         (why, "satellite", "orca", "naive", "after 400 steps ORCA is {} points better"),
     )
+    hundred = (
+        (results, "satellite", "orca", "naive", "where samples are few**: {} with 100 series (p = <p>)"),
+        (readme, "satellite", "orca", "naive", "{} points with 100 series (p = <p>), 3.0"),
+    )
+    three_hundred = ((results, "satellite", "orca", "naive", "(p = 0.02), {} with 300 (p = <p>)"),)
     after_200_steps = ((results, "cifar100", "pare", "naive", "the worst of the four, {} points above"),)
     same_compute = (
         (
@@ -270,6 +275,8 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (rows, thousand),
         (default, at_default_budget),
         (short, after_400_steps),
+        (measured("-100"), hundred),
+        (measured("-300"), three_hundred),
         (measured("-1000-5"), after_200_steps),
         (twice, same_compute),
     )
