@@ -145,7 +145,7 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (readme, "cifar100", "contrast", "naive", "on cifar100 by {} points; [with both"),
         (readme, "satellite", "pare", "orca", "worse than ORCA on satellite (p = <p> with 1,000 series"),
         (readme, "satellite", "recraft", "mona", "in each seed on satellite (p = <p> and 0.10)"),
-        (readme, "satellite", "contrast", "naive", "with 1,000 series (-{}) no difference"),
+        (readme, "satellite", "contrast", "naive", "with 1,000 series (-{}) and advection1d"),
         (results, "satellite", "contrast", "naive", "in each seed, by {} points (p = <p>). Gradient"),
         (results, "cifar100", "pare", "naive", "than naive fine-tuning, by {} points (p = <p>), than ORCA"),
         (results, "cifar100", "pare", "orca", "than ORCA (p = <p>) and than MoNA (p = 0.03). MoNA with"),
