@@ -153,6 +153,14 @@ def test_compute_counts_what_a_method_encodes(use, results):
     }
 
 
+def test_every_method_has_a_colour_of_its_own():
+    methods = [method for method in reproduce.METHODS if method == "mona-e10" or "-" not in method]
+    colours = charts.colours_of([*methods, "pare-end", "orca-e5"])
+    assert len({colours[method] for method in methods}) == len(methods)
+    assert charts.colours_of(["scratch", "naive-bias", "mona"])["mona"] == colours["mona"]
+    assert len(set(charts.colours_of(["naive, lr 1", "naive, lr 2", "naive"]).values())) == 3
+
+
 def test_start_pairs_a_method_with_its_random_start(use, results):
     rows = [("a", "naive", 0, 0.5, 100, 9), ("a", "naive-random", 0, 0.6, 100, 9), ("a", "naive-random", 1, 0.8, 100, 9),
             ("a", "contrast-stage1", 0, 0.7, 100, 9), ("a", "contrast-stage1-init-random", 0, 0.9, 100, 9),

@@ -66,8 +66,15 @@ class Args:
 
 SOURCE, TARGET = "#d1495b", "#00798c"
 COLOURS = (TARGET, SOURCE, "#edae49", "#66a182", "#8c6d46", "#8d96a3", "#2e4057", "#a44a8b", "#5aa9e6", "#b5c99a", "#f28482",
-           "#6d597a", "#9c6644")  # fmt: skip
-METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))  # in sizes, compute and curves
+           "#6d597a", "#9c6644", "#222222")  # fmt: skip
+METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))  # the methods without their variants
+
+
+def colours_of(names):
+    """name -> colour: a method has its own in every picture, other names get those that are left."""
+    own = {name: METHOD_COLOURS[name] for name in names if name in METHOD_COLOURS}
+    left = itertools.cycle([colour for colour in COLOURS if colour not in own.values()] or COLOURS)
+    return own | {name: next(left) for name in names if name not in own}
 
 
 def save(figure, args):
@@ -326,11 +333,10 @@ def against(args):
         row, values = of(rows, task=task, method=method, x=x)[0], points[task][method][x]
         print(f"| {task} | {method} | {x:,.0f} | {row['steps']:,} | {row['lr']} | {spread(values)} | {len(values)} |")
     figure, axes = plt.subplots(1, len(points), figsize=(5.2 * len(points), 3.8), layout="constrained", squeeze=False)
-    names = list(dict.fromkeys(method for methods in points.values() for method in methods))
+    colours = colours_of(dict.fromkeys(method for methods in points.values() for method in methods))
     for axis, (task, methods) in zip(axes[0], points.items(), strict=True):
         for method, at in methods.items():
-            colour = METHOD_COLOURS.get(method, COLOURS[names.index(method) % len(COLOURS)])
-            methods[method] = dots(axis, at, colour, x=list(at), line="-", label=method)
+            methods[method] = dots(axis, at, colours[method], x=list(at), line="-", label=method)
         axis.set(xscale="log", xlabel=LABELS[args.what])
         ticks = sorted({x for at in methods.values() for x in at})
         axis.set_xticks([x for before, x in zip([0, *ticks], ticks, strict=False) if x > 1.2 * before])  # labels need room
@@ -378,8 +384,9 @@ def curves(args):
         rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         groups.setdefault(name, []).append([row for row in rows if "stage" not in row])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for i, (name, histories) in enumerate(groups.items()):
-        colour, shortest = METHOD_COLOURS.get(name, COLOURS[i % len(COLOURS)]), min(map(len, histories))
+    colours = colours_of(groups)
+    for name, histories in groups.items():
+        colour, shortest = colours[name], min(map(len, histories))
         for axis, key in zip(axes, ("loss", "val"), strict=True):
             values = [[row[key] for row in rows] for rows in histories]
             for line in values if len(values) > 1 else ():
