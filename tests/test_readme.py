@@ -96,8 +96,14 @@ def test_the_table_of_variants_is_that_of_its_rows(capsys):
 
 def test_the_table_of_readme_is_that_of_its_rows(capsys):
     files = tuple(str(ROOT / f"docs/results{study}.csv") for study in ("-1000", ""))
-    charts.main(charts.Args("table", files, methods=tuple(EVERY_METHOD.split())))
-    assert capsys.readouterr().out in README
+    columns = charts.main(charts.Args("table", files, methods=tuple(EVERY_METHOD.split())))
+    shown = capsys.readouterr().out
+    assert shown in README
+    tests = 0
+    for (task, n_train), methods in ((re.match(r"(\w+), ([\d,]+)", column).groups(), m) for column, m in columns.items()):
+        rows = reproduce.of(measured("-1000") + measured(""), task=task, n_train=int(n_train.replace(",", "")))
+        tests += sum(reproduce.p_value(rows, task, method) is not None for method in methods if method != "naive")
+    assert f"of {tests} in the table, {shown.count('*')} have p < 0.05" in " ".join(README.split())
 
 
 @pytest.mark.parametrize(
@@ -258,7 +264,10 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "satellite", "orca", "naive", "where samples are few**: {} with 100 series (p = <p>)"),
         (readme, "satellite", "orca", "naive", "{} points with 100 series (p = <p>), 3.0"),
     )
-    three_hundred = ((results, "satellite", "orca", "naive", "(p = 0.02), {} with 300 (p = <p>)"),)
+    three_hundred = (
+        (results, "satellite", "orca", "naive", "(p = 0.02), {} with 300 (p = <p>)"),
+        (results, "satellite", "orca", "scratch", "ORCA is, by {} points with 300 series (p = <p>)"),
+    )
     same_compute = (
         (
             results,
