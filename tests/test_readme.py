@@ -252,7 +252,7 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "openml31", "contrast", "naive", "worse on average on credit-g, by {} (p"),
         (results, "openml23", "frozen", "naive", "A frozen encoder is worse on cmc, by {} points"),
         (results, "openml23", "scratch", "naive", "from scratch the error is {} points lower than with naive fine-tuning (p"),
-        (results, "openml23", "scratch", "logistic", "than that of logistic regression (by {} points"),
+        (results, "openml23", "scratch", "logistic", "and {} lower than that of logistic regression (p = <p>)"),
     )
     after_400_steps = (
         (results, "satellite", "orca", "naive", "After 400 steps it is {} points better"),
