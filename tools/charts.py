@@ -198,7 +198,8 @@ def gains(args):
     baselines and the references are grey. Returns: (task, n_train) -> method -> ratios, one for each seed.
     """
     rows, found = rows_in(args.inputs), {}
-    methods = [method for method in known_methods(rows) if method in chosen(args, rows) and method != "naive"]
+    wanted = chosen(args, rows)
+    methods = [method for method in known_methods(rows) if method in wanted and method != "naive"]
     for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
         those = of(rows, task=task, n_train=n_train)
         errors_of(those, "method")  # raises if runs of a method do not belong together
@@ -212,10 +213,9 @@ def gains(args):
     lines = -(-len(found) // columns)
     size = 1 + 2.4 * columns, (0.7 + 0.2 * len(methods)) * lines
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for axis, ((task, n_train), ratios) in itertools.zip_longest(axes.flat, found.items(), fillvalue=((None, None), None)):
-        if ratios is None:
-            axis.remove()
-            continue
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    for axis, ((task, n_train), ratios) in zip(axes.flat, found.items(), strict=False):
         axis.axvline(1, color="0.5", linewidth=1)
         for method, ratio in ratios.items():
             at, p = methods.index(method), p_value(of(rows, n_train=n_train), task, method)
