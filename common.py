@@ -33,8 +33,8 @@ def autocast_off(x):
 class Embedder2d(nn.Module):
     """Images to tokens: resize, one linear map of each patch, LayerNorm; what a Swin does with its own images.
 
-    A ViT adds learned positions and has no LayerNorm here. Starts random as in the official code: Xavier-uniform with gain
-    sqrt(2), zero bias; the positions normal(0, 0.02), as a ViT's did.
+    A ViT adds learned positions and has no LayerNorm here. The constructor draws Xavier-uniform weights with gain sqrt(2), as
+    the official code does, and positions from normal(0, 0.02), as a ViT's were; the bias is 0. `initialise` may replace them.
 
     Args:
         channels: C of the images.
@@ -67,7 +67,7 @@ class Embedder2d(nn.Module):
 def stack_number(length, max_tokens):
     """Time steps in one token: the smallest divisor of `length` that leaves at most `max_tokens` tokens.
 
-    A prime length above `max_tokens` has only the divisors 1 and itself and becomes one token: the papers' rule, kept.
+    A prime length above `max_tokens` has only the divisors 1 and itself and becomes one token: the official code's rule, kept.
     """
     return next(k for k in range(1, length + 1) if length % k == 0 and length // k <= max_tokens)
 
@@ -76,7 +76,7 @@ class Embedder1d(nn.Module):
     """Signals to tokens: one linear map of each `stack` time steps, LayerNorm, then learned positions.
 
     RoBERTa adds its positions before its LayerNorm; the target embedder of the official code adds them after, and so does this.
-    Starts random as they do: Xavier-uniform with gain sqrt(2), zero bias; the positions normal(0, 0.02), as RoBERTa's did.
+    The constructor's values are as in Embedder2d; `initialise` may replace all but the projection's.
     LayerNorm(w x) does not depend on the size of x: a token of one value carries only its sign, until the bias is trained
     (docs/why-orca.md).
 
@@ -417,7 +417,7 @@ def entropic_cost(cost, a, b, reg, symmetric=False, info=None, tolerance=1e-3, m
                     u = (log_a.exp() / (pi @ v[:, :, None])[:, :, 0].clamp(min=1e-30)).clamp(1e-10, 1e10)  # (P, n)
                     v = (log_b.exp() / (u[:, None] @ pi)[:, 0].clamp(min=1e-30)).clamp(1e-10, 1e10)  # (P, m)
                 f, g, iterations = f + reg * u.log(), g + reg * v.log(), iterations + 20
-        value = (a * f_all).sum(1) + (b * g_all).sum(1)  # (P,)
+        value = (a * f_all).sum(1) + (b * g_all).sum(1)  # <a, f> + <b, g>, (P,)
         pi = ((f_all[:, :, None] + g_all[:, None] - cost) / reg + a.log()[:, :, None] + b.log()[:, None]).exp()
         error = float(errors.max())
     if error > tolerance:
@@ -426,8 +426,8 @@ def entropic_cost(cost, a, b, reg, symmetric=False, info=None, tolerance=1e-3, m
         )
     if info is not None:
         info["iterations"], info["error"] = max(iterations, info.get("iterations", 0)), max(error, info.get("error", 0.0))
-    slope = (pi * cost).sum((1, 2))
-    return (slope + (value - slope).detach()).view(shape)
+    slope = (pi * cost).sum((1, 2))  # (P,)
+    return (slope + (value - slope).detach()).view(shape)  # the dual's value, with the gradient <pi, d cost>
 
 
 class OtddTerms:
@@ -508,7 +508,7 @@ def label_distances(d, left, right, i, j):
         values, vectors = torch.linalg.eigh(G)
         kept = values > 1e-12 * values[:, -1:]  # centred rows are dependent: some eigenvalues are 0
         roots = torch.where(kept, values, 0).sqrt()  # (pairs, r')
-        slope = (vectors * torch.where(kept, 0.5 / roots, 0)[:, None]) @ vectors.mT
+        slope = (vectors * torch.where(kept, 0.5 / roots, 0)[:, None]) @ vectors.mT  # G^-1/2 / 2, (pairs, r', r')
     trace = (slope * G).sum((-2, -1))
     trace = (trace + (roots.sum(-1) - trace).detach()).to(L)
     means = (left.mean[i] - right.mean[j]).square().sum(-1)
@@ -527,7 +527,8 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
     Args:
         x_s (n, D), x_t (m, D): features, any float. y_s (n,), y_t (m,): integers; only which are equal matters.
         inner: "exact"; "gaussian": W^2 between the normal distributions of the classes; "none": W^2 = 0.
-        reg: entropic strength, in units of the cost; ORCA's is 0.1. 0 needs POT, runs on the CPU, and grows faster with n m.
+        reg: entropic strength, in units of the cost; ORCA's is 0.1. 0 needs POT and runs on the CPU; its time grows faster than
+            n m.
         mass_t (m,): weights of the target samples, equal within a class. Default: all equal.
         terms_s: OtddTerms(x_s, y_s, inner, reg), computed before.
         info: a dict that gets the "iterations" and the marginal "error" of the worst problem, if reg > 0.
@@ -541,11 +542,11 @@ def otdd(x_s, y_s, x_t, y_t, inner="exact", reg=0.0, mass_t=None, terms_s=None, 
         raise ValueError(f"terms_s are those of {len(s.x)} samples, inner = {s.inner!r}, reg = {s.reg}")
     t = OtddTerms(x_t, y_t, inner, reg, mass_t, info)
     d = squared_distances(s.x, t.x)  # (n, m)
-    cost = d / 2
+    cost = d / 2  # 1/2 |x_i - x_j|^2, (n, m)
     if inner != "none":
         i, j = torch.cartesian_prod(*(torch.arange(len(side.members), device=d.device) for side in (s, t))).T
         w = label_distances(d, s, t, i, j).view(len(s.members), len(t.members))  # (K_s, K_t)
-        cost = cost + w[s.index][:, t.index] / 2
+        cost = cost + w[s.index][:, t.index] / 2  # + 1/2 W^2(y_i, y_j), (n, m)
     if reg == 0:
         return exact_cost(cost, s.mass, t.mass)
     return entropic_cost(cost, s.mass, t.mass, reg, info=info) - (s.self_cost + t.self_cost) / 2
@@ -562,7 +563,7 @@ def mmd(x, x2):
     both = torch.cat([x, x2])
     d = squared_distances(both, both)  # (n + m, n + m)
     bandwidth = (d.detach().sum() / ((n + m) ** 2 - (n + m))).clamp(min=1e-30)
-    K = sum(torch.exp(-d / (c * bandwidth)) for c in (0.25, 0.5, 1, 2, 4))
+    K = sum(torch.exp(-d / (c * bandwidth)) for c in (0.25, 0.5, 1, 2, 4))  # (n + m, n + m)
     return K[:n, :n].mean() + K[n:, n:].mean() - 2 * K[:n, n:].mean()
 
 

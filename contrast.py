@@ -7,7 +7,8 @@ the printed loss is undefined for some inputs. This file has a corrected version
     1  x' = a^t x + sqrt(1 - a^(2t)) eps,  a = sqrt(1 - sigma^2)     two noisy views of each sample, with random sigma and t
     2  z = mean over tokens of g(embedder(x'))                       g the pretrained encoder, frozen
     3  L_i = mean over positives p of [ -s_ip / tau + log( sum_q exp(s_iq / tau) + sum_n lambda_in exp(s_in / tau) ) ]
-       s_ij = cos(z_i, z_j); p, q: the other samples with the label of i; n: those with another, less alike -> larger lambda_in
+       s_ij = cos(z_i, z_j); p, q: the other samples with the label of i; n: those with another label; lambda_in is larger the
+       less alike the labels are
     4  step on the embedder alone down the gradient of the mean of L_i
     stage 2, PaRe with other scores; in epoch ep of EP: k = k0 (1 - ep / EP), lambda = k / k0 (not lambda_in of line 3):
     5  S = attention rollout: how much of the mean output token comes from each input token, of source and target samples
@@ -15,8 +16,8 @@ the printed loss is undefined for some inputs. This file has a corrected version
     7  L = L(h_t(g(X_t)), y_t) + mix_weight [(1 - lambda) L(h_t(g(X_m)), y_t) + lambda L(h_s(g(X_m)), y_s)]
 
 The printed loss of a class Y is -log(N_Y / D_Y): N_Y is the sum of cos(z_i, z_j) over i and j in Y, D_Y the sum of
-lambda_ij cos(z_i, z_j) over i in Y and all j, with lambda_ij = 1 / (correlation of the labels + eps), or 1 for j in Y. It has
-four defects, each shown by a test:
+lambda_ij cos(z_i, z_j) over i in Y and all j, with lambda_ij proportional to 1 / (correlation of the labels + eps), or 1 for j
+in Y. It has four defects, each shown by a test:
 
     D_Y can be negative, since cosines have either sign: then the logarithm is undefined;
     D_Y falls to 0 at the simplex of K classes, the optimum (lambda > 1: before it): the loss is -infinity, then undefined;
@@ -141,7 +142,7 @@ def printed_loss(z, y, correlations):
     cosines, lam = unit @ unit.T, torch.where(same, 1.0, 1 / (correlations + EPS))  # (B, B)
     over_class = lambda rows: rows.new_zeros(len(classes)).index_add(0, index, rows)  # (B,) -> (K,)
     N, D = over_class((cosines * same).sum(1)), over_class((cosines * lam).sum(1))  # N_Y, D_Y: (K,), (K,)
-    return -torch.log(N / D).mean()
+    return -torch.log(N / D).mean()  # mean over Y of L_Y = -log(N_Y / D_Y)
 
 
 def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
@@ -171,7 +172,7 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
         else:
             weights = label_weights(targets, labels) if args.label_weights == "targets" else None
             loss = contrastive_loss(z, labels, weights, args.tau)  # line 3
-        # asking waits for the device: in each step only as printed, where it may be undefined, otherwise once an epoch
+        # isfinite() waits for the device: checked in each step with --as-printed, which may be undefined, else once an epoch
         if (args.as_printed or not torch.is_grad_enabled()) and not loss.isfinite():
             advice = "Leave out --as-printed: that loss may be undefined." if args.as_printed else "Lower --embedder-lr."
             raise cli.UserError(f"the loss is {loss.item()} in epoch {len(rows)} of stage 1.\n{advice}")
@@ -262,7 +263,7 @@ def main(args):
     if args.scores in ("rollout", "received") and k0 > 0:
         parts = torch.arange(len(source_set), device=device).split(64)
         with run.autocast(), torch.no_grad():
-            scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])
+            scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])  # (n_s, N_s)
     x = train.inputs(torch.arange(min(64, train.chunk, len(train)), device=device))  # for the checks below
     if args.contrast_epochs > 0 and not run.restore_stage1(embedder=embedder):
         model.encoder.eval()

@@ -11,7 +11,7 @@ everything, from that embedder.
     2  theta* = theta_0 - alpha grad_theta L_inner                one virtual step of the encoder; theta_0 itself never moves
     3  F_i = f(e_s(x_s,i); theta*), mean over tokens, |F_i| = 1   e_s the pretrained embedder, frozen
     4  L_outer = E_{y_i = y_j} |F_i - F_j|^2 + log E_{i, j} exp(-2 |F_i - F_j|^2)
-    5  step on e along grad_e (lambda L_outer + L_inner), on h along grad_h L_inner
+    5  step of beta on e down grad_e (lambda L_outer + L_inner), on h down grad_h L_inner
     stage 2:
     6  L = L(h(f(e(x_t))), y_t), step on e, f and h
 
@@ -21,9 +21,9 @@ Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fi
 0.784 ± 0.005 (0.784 ± 0.004), on satellite 0.400 ± 0.014 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.271.
 
-No code has been published. Signs in line 4 are Wang and Isola's (MoNA's slides print both terms negated, which would reward
-collapse); alpha, beta, lambda, the length of stage 1 and what happens to h are not in the texts: docs/paper-vs-code.md, M1 to
-M6, and docs/mona.md for how the defaults were found.
+No official code was found. Signs in line 4 are Wang and Isola's (lecture slides on MoNA, Tran 2024, print both terms negated,
+which would reward collapse); alpha, beta, lambda, the length of stage 1 and what happens to h are not in the texts that were
+available: docs/paper-vs-code.md, M1 to M6, and docs/mona.md for how the defaults were found.
 """
 
 import math
@@ -50,7 +50,7 @@ class Args(cli.Args):
 
     meta_epochs: int | None = None
     """epochs of stage 1, each with as many micro-batches as in stage 2 and one step for each of them: half the --batch-size
-    means twice the steps. 0: naive fine-tuning"""
+    means twice the steps. Default: 5; tiny scale 2. 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: --lr, without its factor for gradient accumulation"""
     inner_lr: float = 0.1
@@ -108,9 +108,9 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
         grad_e (lambda L_outer) = -lambda alpha grad_e <v, grad_theta L_inner>                                        exact
                                 = -lambda alpha (grad_e L_inner(theta_0 + c v) - grad_e L_inner(theta_0 - c v)) / 2c + O(c^2)
 
-    The finite difference needs two more ordinary gradients, and no more memory than ordinary training. Treating theta* as a
-    constant (first-order MAML) would remove this gradient: stage 1 would be a plain warm-up. The virtual step moves only the
-    encoder: L_outer uses neither the target embedder nor the predictor.
+    The finite difference needs two more gradients of L_inner, and 1.2 to 1.3 times the memory of ordinary training. Treating
+    theta* as a constant (first-order MAML) would remove this gradient: stage 1 would be a plain warm-up. The virtual step moves
+    only the encoder: L_outer uses neither the target embedder nor the predictor.
 
     Args:
         model: a common.Model; its encoder is left untouched, bit for bit.

@@ -22,10 +22,11 @@ Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fi
 
 Spherical, 10,000 images: 0.836 ± 0.004 (0.848 ± 0.003). Published, full scale: 0.256 (0.553).
 
-The paper does not say how L_mix and the loss on unmixed samples are combined: line 6 follows the official code. So does the
-start of the target embedder, which is random in the paper: `--init`. As in the code, the gate has a straight-through gradient,
-but that of another relaxation, and in every epoch (P5, P23). k0 of each task and the temperature are the code's. All other
-defaults follow the paper; `--as-released` follows the code in P2 to P6 and P8: docs/paper-vs-code.md.
+The paper's abstract and slides do not say how L_mix and the loss on unmixed samples are combined: line 6 follows the official
+code. So does the start of the target embedder, which is random in the paper: `--init`. As in the code, the gate has a
+straight-through gradient, but that of another relaxation, and in every epoch (P5, P23). k0 of each task, mix_weight and the
+temperature are the code's. All other defaults follow the paper; `--as-released` follows the code in P2 to P6 and P8:
+docs/paper-vs-code.md.
 """
 
 import time
@@ -59,8 +60,8 @@ class Args(cli.Args):
     temperature: float = 0.9
     """temperature of the relaxed top-k that gives the gate its gradient; lower is closer to the hard top-k"""
     gate_noise: float | None = None
-    """scale of Gumbel noise on the scores. Default: 0; with --as-released the official 1, larger than the range (0, 1) of the
-    scores: the choice is nearly random"""
+    """scale of Gumbel noise on the scores. Default: 0; with --as-released the official 1, whose standard deviation is 1.28: as
+    the scores are in (0, 1), the choice is nearly random"""
 
 
 class Gate(nn.Module):
@@ -88,7 +89,7 @@ def top_k_mask(scores, k, temperature=0.9):
     tools/bench.py topk.)
     """
     N = scores.shape[1]
-    hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)
+    hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)  # (B, N)
     if k in (0, N) or not scores.requires_grad:
         return hard  # no choice, or no gradient
     s = scores / temperature
@@ -103,7 +104,7 @@ def top_k_mask(scores, k, temperature=0.9):
         slope = (p * (1 - p)).sum(1, keepdim=True)  # sum_l w_l
     threshold = threshold + (torch.sigmoid(s - threshold).sum(1, keepdim=True) - k) / slope
     p = torch.sigmoid(s - threshold)
-    return hard + (p - p.detach())
+    return hard + (p - p.detach())  # (B, N): the value of hard, the gradient of p
 
 
 def replace_patches(tokens_t, tokens_s, scores_t, scores_s, k, temperature=0.9):
@@ -143,13 +144,13 @@ def replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k):
 
 
 def released_phase2_begins(args, modality):
-    """First epoch of the official code's second phase: 10 (2D) or 5 (1D) of 60; at the tiny scale that fraction of the run."""
+    """First epoch of the official second phase: 10 (2D) or 5 (1D) of any number; tiny scale: after 10/60 or 5/60 of the run."""
     epoch = 10 if modality == "2d" else 5
     return max(1, args.epochs * epoch // 60) if args.scale == "tiny" else epoch
 
 
 def schedule(epoch, epochs, k_begin, k_end=0):
-    """k = k0 (1 - ep / EP), for k_end = 0: tokens replaced in epoch 0, 1, ..., epochs - 1."""
+    """Tokens replaced in epoch ep from 0:  k = int(k0 - (k0 - k_end) ep / EP), which is k0 (1 - ep / EP) for k_end = 0."""
     return int(k_begin - (k_begin - k_end) * epoch / epochs)
 
 

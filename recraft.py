@@ -20,8 +20,8 @@ possible about the target's.
     5  L = L(h(g(embedder(x_t))), y_t), step on embedder, encoder g and a new predictor h
 
 Why line 4: relabel what the source model predicts by any Q, p_Q(z' | x) = sum_z p_s(z | x) Q(z' | z). By Jensen's inequality
-min over Q of E[-log p_Q(z' | x)] <= H(Z' | Z) = H(Z') - I(Z; Z'), so line 4 lowers a bound on the target error that the
-unchanged source model can reach. The released code instead lowers H(Z | Z') alone, which is 0 when every target sample is
+min over Q of E[-log p_Q(z' | x)] <= H(Z' | Z) = H(Z') - I(Z; Z'), so line 4 lowers a bound on the target log-loss that
+the unchanged source model can reach. The released code instead lowers H(Z | Z') alone, which is 0 when every target sample is
 predicted as one source class: `--distortion entropy`.
 
     python recraft.py --task spherical
@@ -29,7 +29,8 @@ predicted as one source class: `--distortion entropy`.
 Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fine-tuning in parentheses: error on cifar100
 0.788 ± 0.007 (0.784 ± 0.004), on satellite 0.376 ± 0.010 (0.417 ± 0.012). docs/results.md has the commands and more.
 
-Released and published versions differ: docs/paper-vs-code.md, R1 to R13. `--as-released` follows the code in R3 to R6 and R9.
+The released code differs from the abstract and the figure: docs/paper-vs-code.md, R1 to R13. `--as-released` follows it in R3
+to R6 and R9.
 """
 
 import functools
@@ -55,7 +56,8 @@ class Args(cli.Args):
     align_epochs: int | None = None
     """steps of feature alignment. Default: 60 (full, official), on OpenML tables and at the tiny scale 20"""
     label_epochs: int | None = None
-    """epochs of feature-label distortion. With --align-epochs 0 --label-epochs 0: naive fine-tuning"""
+    """epochs of feature-label distortion. Default: 2 to 6, by task (official); tiny scale 3. 0, with --align-epochs 0: naive
+    fine-tuning"""
     distortion: Literal["mutual", "entropy"] = "mutual"
     """mutual: maximise I(Z; Z'). entropy: minimise H(Z | Z'), whose minimum is collapse; always with --as-released"""
     embedder_lr: float | None = None
@@ -71,9 +73,9 @@ class Args(cli.Args):
     label_samples: int | None = None
     """target samples in a step of feature-label distortion. Default: 128; as released, of one class: 16 to 32"""
     source_samples: int | None = None
-    """source samples, for the source predictor and the alignment"""
+    """source samples, for the source predictor and the alignment. Default: 5,000; tiny scale 1,000"""
     freeze_embedder: bool = False
-    """freeze the embedder in stage 2. The paper's figure trains the predictor alone there, the released code everything"""
+    """freeze the embedder in stage 2, as in the paper's figure; the released code trains everything"""
 
 
 RATE = 0.1  # weight of a batch in the running mean of the table, which averages over about ten batches

@@ -55,7 +55,7 @@ def published(optimizer, lr, weight_decay, batch_size, epochs, warmup=5, decay=N
 
 
 def both(orca, **pare):
-    """Recipes of ORCA (the other methods use it, too) and of PaRe and contrast, which mix: `pare` overrides ORCA's values."""
+    """Recipes of ORCA, also used by MoNA, LSG and the baselines, and of PaRe and contrast: `pare` overrides ORCA's values."""
     return {"orca": orca, "pare": replace(orca, **pare), "contrast": replace(orca, **pare)}
 
 

@@ -13,7 +13,7 @@ from helpers import ROOT
 GUIDE = (ROOT / "docs/reading-group.md").read_text()
 SESSIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", GUIDE, re.S | re.M))
 SAYS = {  # by a distinctive part of the command
-    "for epoch in range(10)": "9 4 lambda = 0.10 (text), 0.06 (code)",
+    "for epoch in range(10)": "9 text: k = 4, lambda = 0.10   code: k = 13, lambda = 0.20",
     "for k in (0, 1, 3, 8)": "3 [0.0, 105.0, 2.0, 106.0, 4.0, 107.0, 6.0, 7.0]",
     "top_k_mask(scores, 3).sum()": "tensor([[0., 0., 0., 0., 0., 0., 0., 0.]])",
     "for s in (0 * shift, shift)": "none [0.0, 4.5]",

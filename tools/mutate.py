@@ -361,7 +361,7 @@ MUTATIONS = {
          "test_copy_tiles_the_three_input_slices"),
         ("wider truncated normal", "trunc_normal_(embedder.project.weight, std=0.02)",
          "trunc_normal_(embedder.project.weight, std=0.03)", "test_naive_as_released_starts_truncated"),
-        ("twice the ground cost", "    cost = d / 2\n    if inner", "    cost = d\n    if inner", ORCA_RELEASED),
+        ("twice the ground cost", "cost = d / 2  # 1/2", "cost = d  # 1/2", ORCA_RELEASED),
         ("twice the label distance", "cost = cost + w[s.index][:, t.index] / 2", "cost = cost + w[s.index][:, t.index]", ORCA),
         ("not debiased", "- (s.self_cost + t.self_cost) / 2", "", 
          "test_a_distance_is_zero_to_itself_symmetric_and_blind_to_names_and_order[none-0.5]"),
