@@ -12,9 +12,9 @@
 
     python finetune.py --task spherical --mode naive
 
-Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch: error on cifar100 0.784 ± 0.004 (naive), 0.939 ±
-0.005 (scratch), 0.782 ± 0.011 (norms), 0.780 ± 0.004 (lora); on satellite 0.417 ± 0.012 (naive), 0.411 ± 0.025 (scratch).
-docs/results.md has the commands and more.
+Measured with 1,000 real samples, tiny scale, 5 seeds (satellite: 3), last epoch: error on cifar100 0.784 ± 0.004 (naive),
+0.939 ± 0.005 (scratch), 0.782 ± 0.011 (norms), 0.780 ± 0.004 (lora); on satellite 0.417 ± 0.012 (naive), 0.411 ± 0.025
+(scratch). docs/results.md has the commands and more.
 
 All modes use ORCA's settings at the full scale and the common settings at the tiny scale. --init has no effect on scratch. In
 ORCA's release, naive fine-tuning starts from a worse embedder than ORCA does; on cifar100 that matters more than the choice of

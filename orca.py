@@ -16,8 +16,8 @@ bring the joint distribution of embedded target data and labels close to that of
 
     python orca.py --task spherical
 
-Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fine-tuning in parentheses: error on cifar100
-0.785 ± 0.004 (0.784 ± 0.004), on satellite 0.378 ± 0.012 (0.417 ± 0.012). docs/results.md has the commands and more.
+Measured with 1,000 real samples, tiny scale, 5 seeds (satellite: 3), last epoch, naive fine-tuning in parentheses: error on
+cifar100 0.785 ± 0.004 (0.784 ± 0.004), on satellite 0.378 ± 0.012 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.299.
 
 Line 3 puts all target classes into one problem, as OTDD is defined; this is the default at the tiny scale. At the full scale

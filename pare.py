@@ -17,8 +17,8 @@ close to the source, on which the encoder was pretrained, and ends at the target
 
     python pare.py --task spherical
 
-Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fine-tuning in parentheses: error on cifar100
-0.775 ± 0.005 (0.784 ± 0.004), on satellite 0.408 ± 0.016 (0.417 ± 0.012). docs/results.md has the commands and more.
+Measured with 1,000 real samples, tiny scale, 5 seeds (satellite: 3), last epoch, naive fine-tuning in parentheses: error on
+cifar100 0.775 ± 0.005 (0.784 ± 0.004), on satellite 0.408 ± 0.016 (0.417 ± 0.012). docs/results.md has the commands and more.
 
 Spherical, 10,000 images: 0.836 ± 0.004 (0.848 ± 0.003). Published, full scale: 0.256 (0.553).
 

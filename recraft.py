@@ -26,8 +26,8 @@ predicted as one source class: `--distortion entropy`.
 
     python recraft.py --task spherical
 
-Measured with 1,000 real samples, tiny scale, 3 or 5 seeds, last epoch, naive fine-tuning in parentheses: error on cifar100
-0.788 ± 0.007 (0.784 ± 0.004), on satellite 0.376 ± 0.010 (0.417 ± 0.012). docs/results.md has the commands and more.
+Measured with 1,000 real samples, tiny scale, 5 seeds (satellite: 3), last epoch, naive fine-tuning in parentheses: error on
+cifar100 0.788 ± 0.007 (0.784 ± 0.004), on satellite 0.376 ± 0.010 (0.417 ± 0.012). docs/results.md has the commands and more.
 
 The released code differs from the abstract and the figure: docs/paper-vs-code.md, R1 to R13. `--as-released` follows it in R3
 to R6 and R9.
