@@ -116,6 +116,9 @@ def command_line(Args, doc, check_task=None):
     """
     import tyro
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: >&-
+            setattr(sys, name, open(os.devnull, "w"))
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # a notebook's streams are not files
             output.reconfigure(errors="replace")  # an ASCII terminal prints ± as ?

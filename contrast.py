@@ -160,7 +160,8 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     fixed = torch.randperm(n, generator=torch.Generator().manual_seed(cli.stream("measured", args.seed)))
     fixed, size = fixed[:MEASURED].to(y.device), min(args.contrast_samples, n)  # (m,)
     x = train.inputs(fixed[: train.chunk]).transpose(0, 1)  # (C, at most 256, ...)
-    mean, std = (f(x.flatten(1), 1).view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))  # (C, 1, ...)
+    # (C, 1, ...); the std of a single value is NaN
+    mean, std = (f(x.flatten(1), 1).nan_to_num().view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))
     noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
 
     def loss_of(index):

@@ -77,6 +77,7 @@ class Task:
     pixels: bool = False  # x are images in uint8
 
     def __post_init__(self):
+        files.check_record(self)
         kinds = {"2d": ("images", "2D fields"), "1d": ("series", "1D fields")}[self.modality]
         object.__setattr__(self, "kind", self.kind or kinds[self.target == "field"])
         if self.target != "class" and (self.loss is scores.cross_entropy or self.score is scores.zero_one):
@@ -330,8 +331,8 @@ class Split:
         self.target, self.shape, self.loss = like.target, like.shape, like.loss
         self.output = like.output if classes is None else (classes,)
         self.name = like.name  # target and source draw different numbers
-        self.mean = None if like.mean is None else torch.tensor(like.mean, device=device)[:, None, None]  # (C, 1, 1)
-        self.std = None if like.mean is None else torch.tensor(like.std, device=device)[:, None, None]
+        constants = lambda values: torch.tensor(values, device=device).view(-1, *[1] * (len(like.shape) - 1))  # (C, 1, ...)
+        self.mean, self.std = (None if like.mean is None else constants(values) for values in (like.mean, like.std))
 
     def __len__(self):
         return len(self.y)

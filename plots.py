@@ -20,6 +20,7 @@ def subplots(rows, columns, width, height):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name begins no formula
     import matplotlib.pyplot as plt
 
     size = (width * columns, height * rows)
@@ -81,7 +82,6 @@ def confusion(title, out, y, names=None):
     image = axis.imshow(shares(out, y), cmap="magma_r", vmin=0, vmax=1, interpolation="nearest")
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
     if names and len(names) == K <= 24:
-        names = [name.replace("$", r"\$") for name in names]  # no formulas
         axis.set_xticks(range(K), names, rotation=90, fontsize=7)
         axis.set_yticks(range(K), names, fontsize=7)
     else:

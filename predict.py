@@ -86,14 +86,15 @@ def predict(model, task, x, where="x", batch_size=32):
 
 
 def main(args):
-    if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.inputs).resolve():
-        raise cli.UserError(f"-o {args.out} is a folder, or the input file.\nGive the name of another file.")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out).resolve()  # of a link: the file that it leads to
+    if out == Path(args.inputs).resolve() or (out.exists() and not out.is_file()):  # a folder, a device, a pipe
+        raise cli.UserError(f"-o {args.out} is the input file, or something else than a file.\nGive the name of another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     model, task = load(args.run)
     predictions = predict(model, task, data.read_npy(Path(args.inputs)), args.inputs, args.batch_size)
     content = io.BytesIO()
     np.save(content, predictions)
-    write(Path(args.out), content.getvalue())
+    write(out, content.getvalue())
     print(f"{args.out}: {data.by_x(predictions.shape)}, {'fields' if task.target == 'field' else 'probabilities'}")
 
 

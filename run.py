@@ -193,10 +193,10 @@ def mean_loss(losses, split, step, epoch, args):
         if not math.isfinite(loss):
             order, _ = split.plan(len(losses), args.batch_size, args.seed, epoch)
             samples = order[first + i].tolist()
-            raise UserError(
-                f"the loss is {loss} at step {first + i} of epoch {epoch + 1}, samples {samples[:8]}... of the split.\n"
-                "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would fail again."
-            )
+            where = f"at step {first + i} of epoch {epoch + 1}, samples {samples[:8]}... of the split"
+            advice = "Start again in another --out-dir with a lower --lr or --clip 1: a resumed run would fail again."
+            advice = advice if epoch + first + i else "No step was taken yet: check these samples and their targets."
+            raise UserError(f"the loss is {loss} {where}.\n{advice}")
     return sum(recent) / len(recent)
 
 

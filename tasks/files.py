@@ -380,6 +380,24 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
+def check_record(task):
+    """Raise UserError if a field of a data.Task, perhaps of one's own, has a value that cannot be right."""
+    whole = lambda sizes: isinstance(sizes, tuple) and all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes)
+    text = lambda names: isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    C = task.shape[:1]
+    for field, right, expected in (
+        ("shape", whole(task.shape) and len(task.shape) in (2, 3), "(C, L) or (C, H, W)"),
+        ("output", whole(task.output) and task.output, "(K,), (H, W) or (C, L)"),
+        ("target", task.target in ("class", "labels", "field"), "class, labels or field"),
+        ("names", isinstance(task.names, str) or callable(task.names) or text(task.names), "a tuple of str"),
+        ("mean", task.mean is None or (len(task.mean),) == C, f"one number for each channel, {C}"),
+        ("std", task.mean is None or ((len(task.std),) == C and min(task.std) > 0), "as many as in `mean`, above 0"),
+        ("tokens", task.tokens > 0, "a positive number"),
+    ):
+        if not right:
+            raise UserError(f"task {task.name}: {field} is {getattr(task, field)!r}; expected {expected}.")
+
+
 def weights_checksums(*names):
     """CRC-32 of the files of weights among `names`, which are files, folders or names of a hub (left out)."""
     paths = [Path(name).expanduser() for name in names if name]

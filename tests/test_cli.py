@@ -134,6 +134,14 @@ def test_a_closed_pipe_ends_quietly(buffered):
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_changes_nothing_else(stream, tmp_path):
+    code = "import cli, sys; cli.command_line(cli.Args, 'doc'); print('out'); print('err', file=sys.stderr)"
+    command = f"{sys.executable} -c {code!r} --task spherical {stream}>&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == ((0, "", "err\n") if stream == 1 else (0, "out\n", ""))
+
+
 def test_a_broken_connection_is_shown():
     with pytest.raises(BrokenPipeError):  # stdout is open
         cli.guarded(lambda: exec("raise BrokenPipeError(32, 'of a server')"))

@@ -62,6 +62,31 @@ def test_a_task_of_ones_own_with_other_targets_has_its_own_loss_and_score(given)
         data.Task("mine", "", (3, 8), "labels", (5,), None, None, (), {}, **own)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"shape": (16,)}, {"shape": (3, 2, 2, 4)}, {"shape": (3, 0)}, {"output": 3}, {"output": ()}, {"target": "classes"},
+     {"names": (2021, 2022, 2023, 2024)}, {"names": ["a", "b", "c", "d"]}, {"mean": (0.5,)}, {"std": (1.0, 1.0)},
+     {"std": (1.0, 0.0, 1.0)}, {"std": ()}, {"tokens": 0}],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_ones_own_that_fits_nothing_is_refused(wrong):
+    right = {"shape": (3, 16), "target": "class", "output": (4,), "mean": (0.0, 1.0, 2.0), "std": (1.0, 2.0, 4.0),
+             "names": ("a", "b", "c", "d")}  # fmt: skip
+    data.Task("mine", "", read=None, toy=None, downloads=(), recipes={}, **right)
+    (field,) = wrong
+    with pytest.raises(cli.UserError, match=f"task mine: {field} is .*; expected "):
+        data.Task("mine", "", read=None, toy=None, downloads=(), recipes={}, **right | wrong)
+
+
+def test_the_channels_of_a_series_of_ones_own_are_normalised_one_by_one():
+    constants = {"mean": (0.0, 1.0, 2.0), "std": (1.0, 2.0, 4.0)}
+    task = dataclasses.replace(data.TASKS["satellite"], shape=(3, 16), augment=None, **constants)
+    x = np.random.default_rng(0).normal(size=(3, 3, 16)).astype(np.float32)  # as many samples as channels
+    split = data.Split(x, np.zeros(3, int), 24, "official", task, "cpu")
+    expected = (x - np.array([0, 1, 2])[:, None]) / np.array([1, 2, 4])[:, None]
+    assert np.allclose(split.inputs(slice(None)).numpy(), expected, atol=1e-6)
+
+
 def test_classes_of_ones_own_have_to_begin_at_0(tmp_path, monkeypatch):
     x, y = np.zeros((20, 3, 16), np.float32), np.arange(20) % 5
     task = data.TASKS["satellite"]

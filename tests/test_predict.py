@@ -4,6 +4,7 @@ test_matrix.py does the same for every task and method on toy data and simulated
 """
 
 import functools
+import os
 import pickle
 import shutil
 
@@ -285,6 +286,13 @@ def test_answers_take_the_place_of_nothing_else(script, finished, tmp_path):
     before = (tmp_path / "x.npy").read_bytes()
     for out in (tmp_path / "x.npy", tmp_path):
         error = script("predict.py", finished[0], tmp_path / "x.npy", out=out, option="-o", code=2)
-        assert "is a folder, or the input file" in error and (tmp_path / "x.npy").read_bytes() == before
+        assert "is the input file, or something else than a file" in error and (tmp_path / "x.npy").read_bytes() == before
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert "-o" in script("predict.py", finished[0], tmp_path / "x.npy", out=tmp_path / "pipe", option="-o", code=2)
+        assert (tmp_path / "pipe").is_fifo()
+        (tmp_path / "link.npy").symlink_to("real.npy")
+        script("predict.py", finished[0], tmp_path / "x.npy", out=tmp_path / "link.npy", option="-o")
+        assert (tmp_path / "link.npy").is_symlink() and len(np.load(tmp_path / "real.npy")) == 2
     error = script("predict.py", finished[0], tmp_path / "y.npy", out=tmp_path / "answers.npy", option="-o", code=2)
     assert "y.npy cannot be read: No such file" in error and len(error.splitlines()) == 1

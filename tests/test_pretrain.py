@@ -129,8 +129,19 @@ def test_pretraining_text_resumes_after_an_interruption(corpus, tmp_path, monkey
     assert all(torch.equal(whole[k], parted[k]) for k in whole)
 
 
+def test_weights_that_are_not_finite_are_not_written(corpus, tmp_path):
+    options = dict(data_dir=str(corpus), vocabulary=300, width=16, layers=1, heads=2, length=16, batch_size=4, steps=20,
+                   save_every=10, compile=False, lr=1e30)  # fmt: skip
+    (tmp_path / "t.safetensors").write_bytes(b"earlier")
+    with pytest.raises(cli.UserError, match="the training diverged"):
+        pretrain.text(pretrain.Text(out=str(tmp_path / "t"), **options))
+    assert (tmp_path / "t.safetensors").read_bytes() == b"earlier"
+
+
 def test_an_unknown_kind_and_its_options_are_refused(script, tmp_path):
     assert "images" in script("tools/pretrain.py", "sounds", out=tmp_path / "x", code=2)
     mistakes = script("tools/pretrain.py", "text", "--steps", "many", out=tmp_path / "x", code=2)
     assert "many" in mistakes
+    odd = script("tools/pretrain.py", "text", "--width", 30, "--heads", 4, "--data-dir", tmp_path, out=tmp_path / "x", code=2)
+    assert "--width 30 must be a multiple of twice --heads 4." in odd
     assert "no text in" in script("tools/pretrain.py", "text", "--data-dir", tmp_path, out=tmp_path / "x", code=2)

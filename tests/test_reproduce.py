@@ -42,6 +42,59 @@ def test_reproduce_skips_what_is_finished_and_prints_the_tables(script, tmp_path
     assert {row["options"] for row in rows} == {reproduce.options_of(vars(reproduce_args))} == {"--n-train 32 --epochs 1"}
 
 
+def test_an_option_that_no_method_has_does_not_block_the_folder(script, tmp_path):
+    command = ["tools/reproduce.py", "--tasks", "openml1510", "--methods", "naive", "--seeds", 1, "--n-train", 32]
+    for mistake in ("--epoch 1", "--help"):  # the second ends without an error, and without a run
+        error = script(*command, f"--options={mistake}", out=tmp_path, code=2)
+        assert "openml1510 naive seed 0 failed" in error and "1 of 1 runs failed" in error
+    assert "| naive |" in script(*command, "--options=--epochs 1", out=tmp_path)
+    assert "holds runs of openml1510" in script(*command, "--options=--epochs 2", out=tmp_path, code=2)
+
+
+def written(path, rows):
+    """A results.csv of rows that have what is given, and else the same."""
+    same = {"task": "a", "method": "naive", "seed": 0, "test": 0.5, "test_last": 0.5, "metric": "error", "data": "official",
+            "scale": "tiny", "n_train": 9, "seconds": 60}  # fmt: skip
+    rows = [same | row for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_row_stays_when_the_folder_of_its_run_is_gone(tmp_path):
+    path = written(tmp_path / "results.csv", [{"seed": seed, "test_last": 0.1 * seed} for seed in range(3)])
+    run = tmp_path / "a-naive-tiny-swin-s2/result.json"
+    run.parent.mkdir()
+    run.write_text(json.dumps({"task": "a", "method": "naive", "seed": 2, "test": 0.7, "test_last": 0.7, "metric": "error",
+                               "data": "official", "seconds": 1, "n_train": 9}))  # fmt: skip
+    reproduce.save(reproduce.Args(out_dir=str(tmp_path)))
+    assert {row["seed"]: row["test_last"] for row in reproduce.read_results(path)} == {0: 0.0, 1: 0.1, 2: 0.7}
+
+
+def test_runs_of_different_studies_share_no_table(tmp_path):
+    twice = written(tmp_path / "twice.csv", [{"n_train": 9}, {"n_train": 100, "test_last": 0.2}])
+    with pytest.raises(cli.UserError, match="has a run twice"):
+        reproduce.collect(tmp_path, twice)
+    mixed = written(tmp_path / "mixed.csv", [{"n_train": 9}, {"n_train": 100, "method": "orca"}])
+    with pytest.raises(cli.UserError, match="differ in scale or n_train"):
+        reproduce.table(reproduce.collect(tmp_path, mixed), "a")
+
+
+def test_a_results_file_is_read_whole_or_refused(tmp_path):
+    path = written(tmp_path / "results.csv", [{"seed": 1}])
+    rows, text = reproduce.read_results(path), path.read_text()
+    path.write_text(text, encoding="utf-8-sig")  # as a spreadsheet writes it
+    assert reproduce.read_results(path) == rows and rows[0]["task"] == "a"
+    header = text.splitlines()[0]
+    for wrong in ("", header, text.replace("task", "of"), text.replace("0.5", "nan"), text.replace("0.5", "inf"),
+                  text.replace("0.5", "-0.5"), text.replace("data", "kind")):  # fmt: skip
+        path.write_text(wrong)
+        with pytest.raises(cli.UserError, match="is not a results.csv"):
+            reproduce.read_results(path)
+
+
 def test_reproduce_compares_methods_by_task(capsys):
     rows = [
         {"task": task, "method": method, "seed": seed, "data": "toy", "test": error, "test_last": error}

@@ -307,8 +307,10 @@ def encoded(row):
     PaRe encodes the target and the mixed batch. MoNA has two meta-epochs (tiny scale), and a step of them takes ten passes,
     forward or backward, where training takes three. ORCA's first stage trains the embedder without the encoder.
     """
-    each = {"naive": 1, "scratch": 1, "orca": 1, "pare": 2, "mona": 1 + 2 / int(row["epochs"]) * 10 / 3}
-    return row["steps"] * each[row["method"]] if row["method"] in each and row["scale"] == "tiny" else None
+    if not row["epochs"] or row["scale"] != "tiny":
+        return None
+    each = {"naive": 1, "scratch": 1, "orca": 1, "pare": 2, "mona": 1 + 2 / row["epochs"] * 10 / 3}
+    return row["steps"] * each[row["method"]] if row["method"] in each else None
 
 
 def against(args):

@@ -425,6 +425,10 @@ MUTATIONS = {
          "test_a_run_may_be_tracked_from_its_middle_on"),
     ],
     "data.py": [
+        ("series normalised like images", ".view(-1, *[1] * (len(like.shape) - 1))", "[:, None, None]",
+         "test_the_channels_of_a_series_of_ones_own_are_normalised_one_by_one"),
+        ("no check of a record", "        files.check_record(self)\n", "",
+         "test_a_record_of_ones_own_that_fits_nothing_is_refused"),
         ("no augmentation in training", "yield self._prepare(x, draws[step]), y", "yield self._prepare(x, None), y",
          NAIVE),
         ("targets of other samples", "index(self.y, step)", "index(self.y, step - 1)", NAIVE),
@@ -617,8 +621,8 @@ MUTATIONS = {
         ("all uint8 are scaled", "if task.pixels or x.dtype != np.uint8 else", "if True else", "test_images_alone_are_scaled"),
         ("batches in another order", "out.append(", "out.insert(0, ", "test_answers_do_not_depend_on_the_size_of_a_batch"),
         ("answers that are not finite", "if not finite.all():", "if False:", "test_samples_of_another_kind_are_refused"),
-        ("inputs are overwritten", "or Path(args.out).resolve() == Path(args.inputs).resolve()", "",
-         "test_answers_take_the_place_of_nothing_else"),
+        ("inputs are overwritten", "out == Path(args.inputs).resolve() or", "", "test_answers_take_the_place_of_nothing_else"),
+        ("a pipe is replaced", "not out.is_file()", "out.is_dir()", "test_answers_take_the_place_of_nothing_else"),
     ],
 }  # fmt: skip
 

@@ -117,6 +117,12 @@ def make_training(model, args, total, warmup, **more):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / max(1, warmup), decay(t)))
 
 
+def check_finite(model):
+    """Raise UserError if a weight is inf or NaN: it must not replace the weights of an earlier training."""
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        raise cli.UserError("the training diverged.\nLower --lr.")
+
+
 def keep(path, args, model, optimizer, schedule, done, seconds):
     """Write what `resume` needs: the state after `done` epochs or steps, which took `seconds`."""
     state = {"args": asdict(args), "done": done, "seconds": seconds}
@@ -213,6 +219,7 @@ def images(args):
 
     def save(epoch):
         """Write the weights and the card. Returns the top-1 accuracy of the fp16 weights."""
+        check_finite(model)
         weights = {k: v.half() for k, v in model.state_dict().items()}
         rounded = backbones.build_swin(**architecture).to(device)
         rounded.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
@@ -383,6 +390,8 @@ def hide(x, share, entries, generator):
 
 
 def text(args):
+    if args.width % (2 * args.heads):
+        raise cli.UserError(f"--width {args.width} must be a multiple of twice --heads {args.heads}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     start = time.time()
@@ -450,6 +459,7 @@ def text(args):
 
     def save(step):
         """Write the weights, the card and the checkpoint. Returns the scores of the fp16 weights."""
+        check_finite(model)
         weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.decoder.weight"}  # tied
         weights.pop("lm_head.decoder.bias", None)  # the same tensor as lm_head.bias
         rounded = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**architecture)).to(device).eval()

@@ -153,6 +153,7 @@ def start(args, task, method, seed, device, context):
         file, *own = shlex.split(METHODS[method])
         mode = own[1] if file == "finetune.py" else file.removesuffix(".py")
         finished = list(out.glob(f"{task}-{mode}-*-s{seed}/result.json"))  # not -s0-toy: real data may be available now
+        results = f"{task}-{mode}-*-s{seed}*/result.json"
     if finished:
         return True
     threads, began = max(1, torch.get_num_threads() // args.jobs), time.perf_counter()  # as many as OMP_NUM_THREADS allows
@@ -166,7 +167,7 @@ def start(args, task, method, seed, device, context):
             process.join()
         if process.exitcode == 130:  # Ctrl-C
             return False
-        if process.exitcode:
+        if process.exitcode or (method not in REFERENCES and not any(out.glob(results))):  # --help in --options
             print(f"{task} {method} seed {seed} failed:\n{log.read_text(errors='replace')[-2000:]}", file=sys.stderr)
             return False
     if method in REFERENCES and not (work[-1] / "result.json").exists():
@@ -186,6 +187,8 @@ def same_options(args):
     """Refuse an --out-dir with runs of a task with other options (UserError): they would be mistaken for the new ones."""
     note = Path(args.out_dir) / "options.json"
     before = read_json(note) if note.exists() else {}
+    begun = lambda task: any(any(note.parent.glob(f"{where}{task}-*-s*[0-9]*")) for where in ("", "*/"))
+    before = {task: of for task, of in before.items() if begun(task)}  # others failed before their first run
     chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
     for task in args.tasks:
         if task not in before and (others := sorted(note.parent.glob(f"{task}-*-s*[0-9]/result.json"))):
@@ -214,15 +217,32 @@ def read(file):
 def read_results(path):
     """The rows of a results.csv, with numbers where a row of `collect` has numbers. Raises UserError if it is no such file."""
     whole = lambda text: int(text) if text else None  # references take no steps
-    numbers = {"seed": int, "test": float, "test_last": float, "seconds": float, "n_train": int, "steps": whole}
+
+    def error(text):
+        if not 0 <= float(text) < float("inf"):
+            raise ValueError(f"an error of {text}")
+        return float(text)
+
+    needed = {"task": str, "method": str, "seed": int, "test": error, "test_last": error, "metric": str, "data": str,
+              "seconds": float, "n_train": int}  # fmt: skip
     try:
-        with open(path) as file:
-            return [{name: row.get(name) for name in COLUMNS} | {name: kind(row.get(name)) for name, kind in numbers.items()}
-                    for row in csv.DictReader(file)]  # fmt: skip
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have added a byte-order mark
+            rows = list(csv.DictReader(file))
+        if not rows or needed.keys() - rows[0].keys():
+            raise ValueError("no rows, or columns are missing")
+        kinds = needed | {"epochs": whole, "steps": whole}
+        return [{name: row.get(name) for name in COLUMNS} | {name: kind(row.get(name)) for name, kind in kinds.items()}
+                for row in rows]  # fmt: skip
     except FileNotFoundError as error:
         raise cli.UserError(f"{path} is missing.\nGive a results.csv of tools/reproduce.py.") from error
     except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise cli.UserError(f"{path} is not a results.csv of tools/reproduce.py.\nGive one, like docs/results.csv.") from error
+        why = f"{path} is not a results.csv of tools/reproduce.py ({cli.reason(error)})"
+        raise cli.UserError(f"{why}.\nRestore it, or give one like docs/results.csv.") from error
+
+
+def key_of(row):
+    """What a row of results.csv is of."""
+    return row["task"], row["method"], row["seed"]
 
 
 def collect(out_dir, known=""):
@@ -235,28 +255,36 @@ def collect(out_dir, known=""):
     chosen = read_json(note) if note.exists() else {}
     if known:
         same = lambda row, of: (row["options"], row["scale"]) == (options_of(of), of["scale"])
-        rows = {(row["task"], row["method"], row["seed"]): row for row in read_results(known)
-                if row["task"] not in chosen or same(row, chosen[row["task"]])}  # fmt: skip
+        kept = [row for row in read_results(known) if row["task"] not in chosen or same(row, chosen[row["task"]])]
+        rows = {key_of(row): row for row in kept}
+        if len(rows) < len(kept):
+            raise cli.UserError(f"{known} has a run twice: it joins studies with different options.\nGive a file of one study.")
     variants = [file for file in Path(out_dir).glob("*/*/result.json") if file.parent.parent.name in METHODS]
     for file in sorted([*Path(out_dir).glob("*/result.json"), *variants]):
         row = read(file)
         row |= {"method": row["variant"], "options": options_of(chosen[row["task"]]) if row["task"] in chosen else ""}
-        key = row["task"], row["method"], row["seed"]
+        key = key_of(row)
         if key not in rows or rows[key]["data"] == "toy":
             rows[key] = {name: row.get(name) for name in COLUMNS}
     return list(rows.values())
 
 
 def save(args):
-    """Write OUT_DIR/results.csv after each run, so that nothing is lost if the study is stopped. Returns its rows."""
-    text = io.StringIO()
+    """Write OUT_DIR/results.csv after each run, so that nothing is lost if the study is stopped. Returns its rows.
+
+    Rows of an earlier results.csv stay, even if the folders of their runs are gone.
+    """
+    text, path = io.StringIO(), Path(args.out_dir) / "results.csv"
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     with SAVING:
         rows = collect(args.out_dir, args.known)
+        if path.exists():
+            have = {key_of(row) for row in rows}
+            rows += [row for row in collect(args.out_dir, path) if key_of(row) not in have]
         writer.writerows(rows)
         if rows:
-            with files.replacing(Path(args.out_dir) / "results.csv") as file:
+            with files.replacing(path) as file:
                 file.write(text.getvalue().encode())
     return rows
 
@@ -303,6 +331,8 @@ def apart(rows, task, method, base="naive"):
 def table(rows, task):
     """Print the results of one task in Markdown: test error at the best and at the last epoch, mean ± std over seeds."""
     first = of(rows, task=task)[0]
+    if len({(row["scale"], row["n_train"]) for row in of(rows, task=task)}) > 1:
+        raise cli.UserError(f"the runs of {task} differ in scale or n_train.\nGive studies with different options one by one.")
     origins = " and ".join(dict.fromkeys(row["data"] for row in of(rows, task=task)))  # toy: a method's source may be missing
     print(f"\n{task}: {origins} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
     print("| method | test, epoch best on validation | test, last epoch | last epoch minus naive, same seeds | p | n | minutes",
@@ -417,7 +447,7 @@ def main(args):
         devices.put(gpus[slot % len(gpus)])
 
     rows = collect(args.out_dir, args.known) if args.seeds else []
-    known = {(row["task"], row["method"], row["seed"]) for row in rows if row["data"] != "toy"}  # data may be available now
+    known = {key_of(row) for row in rows if row["data"] != "toy"}  # data may be available now
 
     def run(task, method, seed):
         if (task, method, seed) in known:
