@@ -101,7 +101,7 @@ class Args:
 def stream(name, *numbers):
     """The seed of a separate random stream: the name says what is drawn, the numbers (seed, epoch, process) when.
 
-    The count is included because SeedSequence treats [s], [s, 0] and [s, 0, 0] as equal.
+    The count is included because SeedSequence pads up to four words with zeros: [s], [s, 0] and [s, 0, 0] are one seed.
     """
     words = [word for number in numbers for word in (number % 2**32, number >> 32)]
     entropy = [zlib.crc32(name.encode()), len(numbers), *words]

@@ -545,8 +545,6 @@ MUTATIONS = {
          "test_conll2003_is_cut_into_32_words_with_the_type_that_most_have"),
     ],
     "cli.py": [
-        ("numbers padded with zeros are one stream", "len(numbers), *words]", "*words]",
-         "test_streams_of_other_names_or_numbers_are_others"),
         ("seeds of more than 32 bits are cut", "(number % 2**32, number >> 32)", "(number % 2**32, 0)",
          "test_streams_of_other_names_or_numbers_are_others"),
         ("streams without a name", "entropy = [zlib.crc32(name.encode()),", "entropy = [7,",
