@@ -52,7 +52,7 @@ run -2000 --tasks cifar100 --n-train 2000 --options="--steps-per-epoch 30" --met
 few=(naive scratch pare orca mona)
 for n in 100 300; do
   run -$n --tasks cifar100 --n-train $n --options="--steps-per-epoch 15 --lr 1e-3" --methods "${few[@]}"
-  run -$n --tasks satellite --n-train $n --options="--steps-per-epoch 40" --methods "${few[@]}"
+  run -$n --tasks satellite --n-train $n --options="--steps-per-epoch 40" --methods "${few[@]}" naive-bias
 done
 run -3000 --tasks cifar100 --n-train 3000 --options="--steps-per-epoch 45 --lr 1e-3" --methods "${few[@]}"
 run -3000 --tasks satellite --n-train 3000 --options="--steps-per-epoch 80" --methods "${few[@]}"
