@@ -399,7 +399,7 @@ def test_the_table_of_learning_rates_of_series_and_fields_is_of_its_rows():
     shown = re.findall(
         r"^\| (satellite|advection1d|diffusion_reaction1d) \| (\w+) \| (.*) \| (.*) \| (.*) \|(.*)\|$", text, re.M
     )
-    assert len(shown) == 11
+    assert len(shown) == 13
     for task, method, *cells in shown:
         known = [errors.get((task, method, rate)) for rate in (3e-4, 1e-3, 3e-3, 1e-2)]
         best = min(value for value in known if value is not None)
