@@ -384,7 +384,7 @@ def check_record(task):
     """Raise UserError if a field of a data.Task, perhaps of one's own, has a value that cannot be right."""
     whole = lambda sizes: isinstance(sizes, tuple) and all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes)
     text = lambda names: isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    C = task.shape[:1]
+    C = task.shape[:1] if isinstance(task.shape, tuple) else ()
     for field, right, expected in (
         ("shape", whole(task.shape) and len(task.shape) in (2, 3), "(C, L) or (C, H, W)"),
         ("output", whole(task.output) and task.output, "(K,), (H, W) or (C, L)"),

@@ -77,8 +77,8 @@ def test_runs_of_different_studies_share_no_table(tmp_path):
     twice = written(tmp_path / "twice.csv", [{"n_train": 9}, {"n_train": 100, "test_last": 0.2}])
     with pytest.raises(cli.UserError, match="has a run twice"):
         reproduce.collect(tmp_path, twice)
-    mixed = written(tmp_path / "mixed.csv", [{"n_train": 9}, {"n_train": 100, "method": "orca"}])
-    with pytest.raises(cli.UserError, match="differ in scale or n_train"):
+    mixed = written(tmp_path / "mixed.csv", [{"options": "--n-train 9"}, {"options": "--n-train 100", "method": "orca"}])
+    with pytest.raises(cli.UserError, match="have different options"):
         reproduce.table(reproduce.collect(tmp_path, mixed), "a")
 
 

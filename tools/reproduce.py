@@ -331,8 +331,8 @@ def apart(rows, task, method, base="naive"):
 def table(rows, task):
     """Print the results of one task in Markdown: test error at the best and at the last epoch, mean ± std over seeds."""
     first = of(rows, task=task)[0]
-    if len({(row["scale"], row["n_train"]) for row in of(rows, task=task)}) > 1:
-        raise cli.UserError(f"the runs of {task} differ in scale or n_train.\nGive studies with different options one by one.")
+    if len(given := {(row["scale"], row.get("options") or "") for row in of(rows, task=task)}) > 1:
+        raise cli.UserError(f"the runs of {task} have different options: {sorted(given)}.\nGive such studies one by one.")
     origins = " and ".join(dict.fromkeys(row["data"] for row in of(rows, task=task)))  # toy: a method's source may be missing
     print(f"\n{task}: {origins} data, {first['metric']}, {first['scale']} scale, {first['n_train']:,} training samples\n")
     print("| method | test, epoch best on validation | test, last epoch | last epoch minus naive, same seeds | p | n | minutes",
