@@ -65,8 +65,8 @@ def test_a_task_of_ones_own_with_other_targets_has_its_own_loss_and_score(given)
 @pytest.mark.parametrize(
     "wrong",
     [{"shape": 16}, {"shape": (16,)}, {"shape": (3, 2, 2, 4)}, {"shape": (3, 0)}, {"output": 3}, {"output": ()},
-     {"target": "classes"}, {"names": (2021, 2022, 2023, 2024)}, {"names": ["a", "b", "c", "d"]}, {"mean": (0.5,)}, {"std": (1.0, 1.0)},
-     {"std": (1.0, 0.0, 1.0)}, {"std": ()}, {"tokens": 0}],
+     {"target": "classes"}, {"names": (2021, 2022, 2023, 2024)}, {"names": ["a", "b", "c", "d"]}, {"mean": (0.5,)},
+     {"std": (1.0, 1.0)}, {"std": (1.0, 0.0, 1.0)}, {"std": ()}, {"tokens": 0}],
     ids=str,
 )  # fmt: skip
 def test_a_record_of_ones_own_that_fits_nothing_is_refused(wrong):
