@@ -308,6 +308,9 @@ def test_the_sentences_about_differences_are_of_their_rows():
     for these, sentences in studies:
         for text, task, method, base, sentence in sentences:
             check(text, task, method, base, sentence, these)
+    mean = lambda task: np.mean([row["test_last"] for row in reproduce.of(default, task=task, method="mean")])
+    equations = (mean(task) for task in ("advection1d", "burgers1d", "diffusion_reaction1d"))
+    assert "{:.2f} on advection1d, {:.2f} on burgers1d and {:.3f} on diffusion_reaction1d".format(*equations) in results
     compared = ("orca", "mona", "pare", "scratch")
     few = {n: [points("cifar100", method, "naive", measured(f"-{n}")) for method in compared] for n in (100, 300)}
     assert "ORCA, MoNA and PaRe are {}, {} and {} points worse".format(*few[100][:3]) in results

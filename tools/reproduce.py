@@ -153,7 +153,7 @@ def start(args, task, method, seed, device, context):
         file, *own = shlex.split(METHODS[method])
         mode = own[1] if file == "finetune.py" else file.removesuffix(".py")
         finished = list(out.glob(f"{task}-{mode}-*-s{seed}/result.json"))  # not -s0-toy: real data may be available now
-        results = f"{task}-{mode}-*-s{seed}*/result.json"
+        results = [f"{task}-{mode}-*-s{seed}{toy}/result.json" for toy in ("", "-toy")]
     if finished:
         return True
     threads, began = max(1, torch.get_num_threads() // args.jobs), time.perf_counter()  # as many as OMP_NUM_THREADS allows
@@ -167,7 +167,8 @@ def start(args, task, method, seed, device, context):
             process.join()
         if process.exitcode == 130:  # Ctrl-C
             return False
-        if process.exitcode or (method not in REFERENCES and not any(out.glob(results))):  # --help in --options
+        without = method not in REFERENCES and not any(file for name in results for file in out.glob(name))  # e.g. --help
+        if process.exitcode or without:
             print(f"{task} {method} seed {seed} failed:\n{log.read_text(errors='replace')[-2000:]}", file=sys.stderr)
             return False
     if method in REFERENCES and not (work[-1] / "result.json").exists():
