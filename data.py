@@ -472,7 +472,7 @@ def load(task, data_dir, cache, scale, n_train=None, seed=0, device="cpu", as_re
     task, data_dir, cache = find_task(task), Path(data_dir), Path(cache)
     try:
         read = (as_released and task.read_released) or task.read
-        train, test, origin, *changes = read(data_dir, cache)
+        train, test, origin, *changes = files.check_parts(task.name, read(data_dir, cache))
     except Missing as missing:
         advice = f"`python data.py --prepare {task.name} --data-dir {data_dir}` downloads the files."
         advice = advice if task.downloads or task.name.startswith("openml") else "Put it there."  # a task of one's own

@@ -81,13 +81,16 @@ activation = lambda x: F.leaky_relu(x, 0.2)
 def tokenise(source, names, sample):
     """The K P prompts, class by class: token ids, and the slice of them that is the name. `sample`: what to call a sample.
 
-    Raises UserError if a name has no token.
+    Raises UserError if a name has no token, or more than the text encoder can take.
     """
     spoken = {name: name.replace("_", " ") for name in names}
     if silent := [name for name in names if not source.tokenizer(spoken[name].split())]:
         raise cli.UserError(f"--text-encoder: {source.name} has no token for the class name {silent[0]!r}.")
     around = [template.replace("{x}", sample).split("{c}") for template in TEMPLATES]
-    return [source.tokenizer.in_context(before, spoken[name], after) for name in names for before, after in around]
+    prompts = [source.tokenizer.in_context(before, spoken[name], after) for name in names for before, after in around]
+    if (n := max(len(ids) for ids, _ in prompts)) > source.positions:
+        raise cli.UserError(f"--text-encoder: {source.name} takes {source.positions} tokens, the longest class name needs {n}.")
+    return prompts
 
 
 @torch.no_grad()

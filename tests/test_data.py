@@ -100,6 +100,16 @@ def test_classes_of_ones_own_have_to_begin_at_0(tmp_path, monkeypatch):
         data.load("mine", tmp_path, tmp_path, "full")
 
 
+@pytest.mark.parametrize(
+    "returned", [lambda x, y: (x, y), lambda x, y: ((x, y), (x, y)), lambda x, y: (x, y, x, y), lambda x, y: None]
+)
+def test_a_reader_of_ones_own_that_returns_something_else_is_told(returned, tmp_path, monkeypatch):
+    read = lambda *_: returned(np.zeros((20, 1, 46), np.float32), np.arange(20) % 5)
+    monkeypatch.setitem(data.TASKS, "mine", dataclasses.replace(data.TASKS["satellite"], name="mine", read=read))
+    with pytest.raises(cli.UserError, match=r'task mine: `read` must return \(x, y\), \(x_test, y_test\), "official"'):
+        data.load("mine", tmp_path, tmp_path, "full")
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_targets_without_classes_are_clustered(lazy):
     y = torch.cat([torch.randn(30, 2, 3) * 0.1 + 10 * c for c in range(10)])

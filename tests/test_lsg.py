@@ -228,7 +228,8 @@ def small_bert():
     torch.manual_seed(0)
     model = BertModel(config, add_pooling_layer=False).eval()
     tokenizer = common.Tokenizer(lambda: vocabulary)
-    source = common.Source("small", "1d", model.embeddings, common.TextEncoder(model), 32, 32, tokenizer=tokenizer)
+    encoder = common.TextEncoder(model)
+    source = common.Source("small", "1d", model.embeddings, encoder, 32, 32, positions=40, tokenizer=tokenizer)
     return source, model, vocabulary
 
 
@@ -254,6 +255,8 @@ def test_the_tokens_of_a_name_are_found_wherever_it_stands(roberta):
     assert (where.start, where.stop) == (4, 6)
     with pytest.raises(cli.UserError, match="small has no token for the class name '_'"):
         lsg.tokenise(source, ["_"], "a photo")
+    with pytest.raises(cli.UserError, match=f"small takes {source.positions} tokens, the longest class name needs "):
+        lsg.tokenise(source, ["ring", "plain " * source.positions], "a photo")
 
 
 def test_a_prompt_is_the_mean_over_its_names_tokens():
