@@ -90,13 +90,13 @@ MEASURED = 512  # target samples whose cosines are measured after each epoch of 
 
 
 def views(x, sigmas, T, mean=0.0, std=1.0):
-    """Line 1: a noisy view of each sample, its sigma and its t = 1 ... T drawn with equal chance. (B, ...) -> (B, ...)
+    """Line 1: a noisy view of each sample, one of `sigmas` (S,) and t = 1 ... T drawn with equal chance. (B, ...) -> (B, ...)
 
     One draw takes the place of t steps of x <- sqrt(1 - sigma^2) x + sigma eps. What is noised is (x - mean) / std, so that x
     keeps its mean and standard deviation, `mean` and `std` (C, 1, ...). sigma = 0: x, bit for bit; sigma = 1: pure noise.
     """
     shape = (len(x), *[1] * (x.ndim - 1))
-    sigma = torch.tensor(sigmas, device=x.device)[torch.randint(len(sigmas), shape, device=x.device)]  # (B, 1, ...)
+    sigma = sigmas[torch.randint(len(sigmas), shape, device=x.device)]  # (B, 1, ...)
     log_a2t = torch.randint(1, T + 1, shape, device=x.device) * torch.log1p(-(sigma**2))  # log a^(2t), a = sqrt(1 - sigma^2)
     a_t, scale = (log_a2t / 2).exp(), (-torch.expm1(log_a2t)).sqrt()  # a^t and sqrt(1 - a^(2t)), (B, 1, ...)
     return a_t * x + (1 - a_t) * mean + scale * std * torch.randn_like(x)
@@ -162,7 +162,8 @@ def learn_embedder(embedder, encode, train, y, args, progress=iter, rank=0):
     x = train.inputs(fixed[: train.chunk]).transpose(0, 1)  # (C, at most 256, ...)
     # (C, 1, ...); the std of a single value is NaN
     mean, std = (f(x.flatten(1), 1).nan_to_num().view(-1, *[1] * (x.ndim - 2)) for f in (torch.mean, torch.std))
-    noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
+    sigmas = torch.tensor(args.sigmas, device=y.device)  # (S,), sent to the device once
+    noised = lambda x: encode(views(x, sigmas, args.noise_steps, mean, std))  # lines 1 and 2: (B, n, F)
 
     def loss_of(index):
         twice = index.repeat_interleave(2)  # two views of each sample: (2 B,)

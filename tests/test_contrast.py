@@ -30,18 +30,18 @@ Y = torch.arange(K).repeat_interleave(n)
 
 def test_no_noise_returns_the_samples_and_full_noise_forgets_them():
     x = torch.randn(5000, 3, 7) * 4 + 1
-    assert torch.equal(contrast.views(x, (0.0,), 2, 0.3, 0.7), x)
+    assert torch.equal(contrast.views(x, torch.tensor([0.0]), 2, 0.3, 0.7), x)
     torch.manual_seed(0)
-    noise = contrast.views(x, (1.0,), 2, 1.0, 4.0)
+    noise = contrast.views(x, torch.tensor([1.0]), 2, 1.0, 4.0)
     torch.manual_seed(0)
-    assert torch.equal(noise, contrast.views(x + 5, (1.0,), 2, 1.0, 4.0))
+    assert torch.equal(noise, contrast.views(x + 5, torch.tensor([1.0]), 2, 1.0, 4.0))
     assert noise.mean() == pytest.approx(1, abs=0.1) and noise.std() == pytest.approx(4, rel=0.02)
 
 
 def test_one_draw_has_mean_and_variance_of_a_chain_of_steps():
     x, sigma = torch.tensor([-1.0, 0.0, 2.0]).repeat(120_000, 1), 0.5
     torch.manual_seed(0)
-    draw = contrast.views(x, (sigma,), 3)
+    draw = contrast.views(x, torch.tensor([sigma]), 3)
     torch.manual_seed(0)
     _, t = torch.randint(1, (len(x), 1)), torch.randint(1, 4, (len(x), 1))[:, 0]  # as drawn: sigma, then t
     chain = x
@@ -57,7 +57,7 @@ def test_views_keep_mean_and_variance_of_a_channel_and_draw_all_scales():
     torch.manual_seed(0)
     mean, std = torch.tensor([3.0, -2.0])[:, None], torch.tensor([0.1, 5.0])[:, None]  # (C, 1)
     x = mean + std * torch.randn(4000, 2, 6)
-    seen = contrast.views(x, (0.1, 0.9), 2, mean, std)
+    seen = contrast.views(x, torch.tensor([0.1, 0.9]), 2, mean, std)
     for c in range(2):
         assert seen[:, c].mean() == pytest.approx(mean[c].item(), abs=0.05 * std[c].item())
         assert seen[:, c].std() == pytest.approx(std[c].item(), rel=0.02)
@@ -67,9 +67,9 @@ def test_views_keep_mean_and_variance_of_a_channel_and_draw_all_scales():
     expected = sum(math.sqrt(1 - sigma**2) ** t for sigma in (0.1, 0.9) for t in (1, 2)) / 4
     assert correlations.mean() == pytest.approx(expected, abs=0.03)
     torch.manual_seed(1)
-    once = contrast.views(x, (0.1, 0.9), 2)
+    once = contrast.views(x, torch.tensor([0.1, 0.9]), 2)
     torch.manual_seed(1)
-    assert torch.equal(once, contrast.views(x, (0.1, 0.9), 2))
+    assert torch.equal(once, contrast.views(x, torch.tensor([0.1, 0.9]), 2))
 
 
 # ---- line 3: the loss

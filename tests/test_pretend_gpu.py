@@ -153,3 +153,19 @@ def test_the_loop_waits_once_in_LOG_EVERY_steps(command, gpu, tmp_path, monkeypa
         here(method, *options, *few, out=tmp_path)
     waits = gpu.waits[readings[0] : readings[-1]]
     assert len(readings) == 3 and [where.split(":")[0] for _, where in waits] == ["run.py", "run.py"], waits
+
+
+@pytest.mark.parametrize(
+    "command, few, more",
+    [("mona --task satellite --n-train 16", ["--steps-per-epoch", 1], ["--steps-per-epoch", 3]),
+     ("contrast --task satellite --n-train 48 --contrast-epochs 1", ["--contrast-samples", 24], ["--contrast-samples", 8])],
+)  # fmt: skip
+def test_stage_1_does_not_wait_in_each_step(command, few, more, gpu, tmp_path):
+    method, *options = command.split()
+    waits = []
+    for steps in (few, more):
+        gpu.waits.clear()
+        with gpu:
+            here(method, *options, *steps, "--batch-size", 8, "--epochs", 1, "--scale", "tiny", out=tmp_path / str(steps))
+        waits.append(sorted(gpu.waits))
+    assert waits[0] == waits[1]

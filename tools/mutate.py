@@ -190,7 +190,7 @@ MUTATIONS = {
         ("an undefined loss goes on", "not loss.isfinite():", "False:",
          "test_the_printed_formula_stops_the_run_where_it_is_undefined"),
         ("one view", "twice = index.repeat_interleave(2)", "twice = index", CONTRAST_1),
-        ("no noise", "noised = lambda x: encode(views(x, args.sigmas, args.noise_steps, mean, std))", "noised = encode",
+        ("no noise", "noised = lambda x: encode(views(x, sigmas, args.noise_steps, mean, std))", "noised = encode",
          CONTRAST_1),
         ("--tau ignored", "labels, weights, args.tau)", "labels, weights)", CONTRAST_1),
         ("cosines of a sample with itself", "mean_of(same & ~itself)", "mean_of(same)",
