@@ -10,7 +10,7 @@ everything, from that embedder.
     1  L_inner = L(h(f(e(x_t))), y_t)                             e embedder, f encoder as pretrained, h predictor
     2  theta* = theta_0 - alpha grad_theta L_inner                one virtual step of the encoder; theta_0 itself never moves
     3  F_i = f(e_s(x_s,i); theta*), mean over tokens, |F_i| = 1   e_s the pretrained embedder, frozen
-    4  L_outer = E_{y_i = y_j} |F_i - F_j|^2 + log E_{i, j} exp(-2 |F_i - F_j|^2)
+    4  L_outer = E_{i != j, y_i = y_j} |F_i - F_j|^2 + log E_{i != j} exp(-2 |F_i - F_j|^2)
     5  step of beta on e down grad_e (lambda L_outer + L_inner), on h down grad_h L_inner
     stage 2:
     6  L = L(h(f(e(x_t))), y_t), step on e, f and h
@@ -49,8 +49,8 @@ class Args(cli.Args):
     """The options of MoNA; those that all methods share are in cli.Args."""
 
     meta_epochs: int | None = None
-    """epochs of stage 1, each with as many micro-batches as in stage 2 and one step for each of them: half the --batch-size
-    means twice the steps. Default: 5; tiny scale 2. 0: naive fine-tuning"""
+    """epochs of stage 1. A step takes one micro-batch, without accumulation: half the --batch-size means twice the steps.
+    Default: 5 (not tried; tiny scale 2). 0: naive fine-tuning"""
     meta_lr: float | None = None
     """beta, the learning rate of stage 1. Default: --lr, without its factor for gradient accumulation"""
     inner_lr: float = 0.1
@@ -81,7 +81,7 @@ def alignment(f, y):
 
 
 def uniformity(f):
-    """Log of the mean of exp(-2 |F_i - F_j|^2) over all pairs, to be minimised: 0 if all are equal, near -4 if spread out.
+    """Log of the mean of exp(-2 |F_i - F_j|^2) over pairs i != j, to be minimised: 0 if all are equal, near -4 if spread out.
 
     f (n, F) unit vectors, n > 1 -> scalar (Wang and Isola 2020, t = 2).
     """
@@ -94,8 +94,8 @@ def outer_loss(encoder, theta, tokens_s, y_s):
 
     Pairs are formed over all samples. Of G processes, each passes its part of the tokens, and the classes y_s of all.
     """
-    features = functional_call(encoder, theta, (tokens_s,)).mean(1)  # (B / G, n, F) -> (B / G, F)
-    f = gather(F.normalize(features, dim=1))  # (B, F)
+    features = functional_call(encoder, theta, (tokens_s,)).mean(1)  # (B_s / G, n, F) -> (B_s / G, F)
+    f = gather(F.normalize(features, dim=1))  # (B_s, F)
     return alignment(f, y_s), uniformity(f)
 
 
@@ -115,7 +115,7 @@ def meta_gradient(model, loss, x_t, y_t, tokens_s, y_s, inner_lr, lambda_, gradi
     Args:
         model: a common.Model; its encoder is left untouched, bit for bit.
         loss: (out, y) -> scalar. x_t, y_t: a target batch.
-        tokens_s (B, N, D), y_s (B,): an embedded source batch and its classes. Of G processes each gives its part.
+        tokens_s (B_s, N_s, D), y_s (B_s,): an embedded source batch and its classes. Of G processes each gives its part.
         inner_lr, lambda_: alpha and lambda.
         gradient: "finite-difference" or "exact".
     Returns: gradients of the embedder's parameters (a list), of the predictor's (a list; of L_inner alone), and a tensor (5,):
@@ -169,7 +169,7 @@ def finite_difference(model, inner_loss, x_t, tokens_s, y_s, alpha, lambda_):
     align, uniform = outer_loss(model.encoder, theta_star, tokens_s, y_s)  # lines 3 and 4
     v = average(torch.autograd.grad(align + uniform, list(theta_star.values())))
     del theta_star
-    c = 0.01 / norm(v).clamp(min=1e-30)  # if v = 0, both sides are equal and the outer gradient is 0
+    c = 0.01 / norm(v).clamp(min=1e-30)  # |c v| = 0.01; if v = 0, both sides are equal and the outer gradient is 0
     sides = []
     for shift in (c, -c):  # a one-sided difference is cheaper but too inaccurate: docs/performance.md
         moved = {name: p.detach() + shift * d for (name, p), d in zip(theta.items(), v, strict=True)}
@@ -191,7 +191,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
     lr, weight_decay = data.of_one_batch(args, "mona")
     optimizer = make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = train.batches_in_epoch(args)
-    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # at least 32: in smaller batches few pairs share a class
+    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # B_s, at least 32: in smaller batches few pairs share a class
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = time.perf_counter(), torch.zeros(steps, 5, device=train.device)
@@ -200,7 +200,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
         for step, (x_t, y_t) in enumerate(progress(batches, steps, f"stage 1, epoch {epoch + 1}/{args.meta_epochs}")):
             x_s, y_s = next(batches_s)
             with torch.no_grad():
-                tokens_s = source.embedder(x_s)  # (B, N_s, D)
+                tokens_s = source.embedder(x_s)  # (B_s, N_s, D)
             g_e, g_h, logs[step] = meta_gradient(
                 model, task.loss, x_t, y_t, tokens_s, y_s, args.inner_lr, args.lambda_, args.gradient
             )

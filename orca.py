@@ -10,7 +10,7 @@ bring the joint distribution of embedded target data and labels close to that of
     2  u_t = mean over tokens of embedder(x_t), with labels y_t              at most max_samples of each class
     3  OTDD = min over plans pi of sum_ij pi_ij (1/2 |u_i - u_j|^2 + 1/2 W^2(y_i, y_j))
        W^2(y, y') the transport cost between the samples of class y and those of class y'
-    4  one step on the embedder down the gradient of OTDD
+    4  one step on the embedder down the gradient of OTDD, or of sum_p n_p / n OTDD_p with several problems p
     stage 2:
     5  L = L(h(g(embedder(x_t))), y_t), step on embedder, encoder g and predictor h
 
@@ -21,10 +21,11 @@ cifar100 0.785 ± 0.004 (0.784 ± 0.004), on satellite 0.378 ± 0.012 (0.417 ± 
 Published, spherical, full scale: 0.299.
 
 Line 3 puts all target classes into one problem, as OTDD is defined; this is the default at the tiny scale. At the full scale
-each problem has ten classes (`--classes-per-problem`), line 4 sums over problems, weighted by their share of the samples, and
-both transport costs are entropic and debiased (`--reg`).
-The official code has one class per problem and treats W^2 as constant: source labels then have no effect, and target labels
-only decide which samples share a problem. `--as-released` optimises the same objective. See docs/paper-vs-code.md, O1 to O8.
+each problem has ten target classes and n_p of the n samples (`--classes-per-problem`), and both transport costs are entropic
+and debiased (`--reg`).
+The official code has one problem for each target class, and its W^2 has no gradient: source labels then have no effect, and
+target labels only decide which samples share a problem. `--as-released` optimises the same objective. See
+docs/paper-vs-code.md, O1 to O8.
 """
 
 import time
@@ -108,7 +109,7 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
     inner = "gaussian" if args.objective == "otdd-gaussian" else "none" if released else "exact"
     per_problem = args.classes_per_problem if otdd and not released else 1
     distance = make_distance(u_s, y_s, args.objective, inner, args.reg)
-    optimizer = make_optimizer(embedder, data.of_embedder(args, "orca"))  # the official rule: 10 times --lr
+    optimizer = make_optimizer(embedder, data.of_embedder(args, "orca"))  # --embedder-lr
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [21, 41, 61], 0.2)
     members = [torch.nonzero(y_t == c).squeeze(1) for c in y_t.unique()]  # the samples of each class
     rows = []
@@ -121,7 +122,7 @@ def align(embedder, u_s, y_s, train, y_t, args, progress=iter):
             u_t = embed_all(embedder, train, index)  # line 2: (m, D)
             if not torch.isfinite(u_t).all():
                 raise cli.UserError(f"the embedder diverged in epoch {epoch + 1} of stage 1.\nLower --embedder-lr.")
-            loss = mass.sum() * distance(u_t, y_t[index], mass, generator)  # line 4: sum_c n_c / n, times OTDD
+            loss = mass.sum() * distance(u_t, y_t[index], mass, generator)  # line 4: n_p / n OTDD_p
             loss.backward()
             total += loss.detach()
         average_gradients(embedder.parameters())

@@ -23,9 +23,9 @@ cifar100 0.775 ± 0.005 (0.784 ± 0.004), on satellite 0.408 ± 0.016 (0.417 ± 
 Spherical, 10,000 images: 0.836 ± 0.004 (0.848 ± 0.003). Published, full scale: 0.256 (0.553).
 
 The paper's abstract and slides do not say how L_mix and the loss on unmixed samples are combined: line 6 follows the official
-code. So does the start of the target embedder, which is random in the paper: `--init`. As in the code, the gate has a
-straight-through gradient, but that of another relaxation, and in every epoch (P5, P23). k0 of each task, mix_weight and the
-temperature are the code's. All other defaults follow the paper; `--as-released` follows the code in P2 to P6 and P8:
+code. The target embedder starts as a copy, also as in the code; the paper's is random (`--init`). The gate's gradient is
+straight-through, as in the code, but of another relaxation, and it trains in every epoch (P5, P23). k0 of each task, mix_weight
+and the temperature are the code's. All other defaults follow the paper; `--as-released` follows the code in P2 to P6 and P8:
 docs/paper-vs-code.md.
 """
 
@@ -47,8 +47,8 @@ class Args(cli.Args):
     """The options of PaRe; those that all methods share are in cli.Args."""
 
     k_begin: float | None = None
-    """k0 as a fraction of the N target tokens, at most N_s tokens; 0.64 is the official 2000 of 3136. Try less if images are
-    far from the target"""
+    """k0 as a fraction of the N target tokens, at most N_s tokens. Default (official): 0.64 (2D classification), 0.32 (fields;
+    cosmic 0.16), 1 (1D). Try less if images are far from the target"""
     k_end: float | None = None
     """fraction that k falls to. Default: 0, as in the paper; with --as-released that of the official configuration, 500 of 3136
     for images"""
@@ -92,9 +92,9 @@ def top_k_mask(scores, k, temperature=0.9):
     hard = torch.zeros_like(scores).scatter(1, scores.topk(k).indices, 1.0)  # (B, N)
     if k in (0, N) or not scores.requires_grad:
         return hard  # no choice, or no gradient
-    s = scores / temperature
+    s = scores / temperature  # s_i / tau
     with torch.no_grad():
-        offset = torch.logit(torch.tensor(k / N))  # brackets the root: sum p >= k at min s - offset, <= k at max s - offset
+        offset = torch.logit(torch.tensor(k / N))  # t = min s - offset: each p_i >= k / N, sum p >= k; max s - offset: <= k
         low, high = s.amin(1, keepdim=True) - offset, s.amax(1, keepdim=True) - offset  # (B, 1)
         for _ in range(30):
             threshold = (low + high) / 2
@@ -102,6 +102,7 @@ def top_k_mask(scores, k, temperature=0.9):
             low, high = torch.where(too_many, threshold, low), torch.where(too_many, high, threshold)
         p = torch.sigmoid(s - threshold)
         slope = (p * (1 - p)).sum(1, keepdim=True)  # sum_l w_l
+    # Newton's step for f(t) = sum p - k, f' = -sum w
     threshold = threshold + (torch.sigmoid(s - threshold).sum(1, keepdim=True) - k) / slope
     p = torch.sigmoid(s - threshold)
     return hard + (p - p.detach())  # (B, N): the value of hard, the gradient of p
@@ -145,8 +146,8 @@ def replace_as_released(tokens_t, tokens_s, scores_t, scores_s, k):
 
 def released_phase2_begins(args, modality):
     """First epoch of the official second phase: 10 (2D) or 5 (1D) of any number; tiny scale: after 10/60 or 5/60 of the run."""
-    epoch = 10 if modality == "2d" else 5
-    return max(1, args.epochs * epoch // 60) if args.scale == "tiny" else epoch
+    official = 10 if modality == "2d" else 5
+    return max(1, args.epochs * official // 60) if args.scale == "tiny" else official
 
 
 def schedule(epoch, epochs, k_begin, k_end=0):
@@ -217,7 +218,7 @@ def main(args):
         run.compile(model.encoder)
 
     # ---- PaRe: gate and source predictor; the source embedder stays frozen, outside of what trains
-    # fields and masks share one predictor, as in the official code
+    # fields (H, W) and masks share one predictor, as in the official code
     shared = task.target == source_set.target == "field" and len(train.output) == 2
     predictor_s = predictor if shared else common.make_predictor(source_set.output, source_set.target, source, embedder)
     gate = Gate(source.token_width)
