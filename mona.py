@@ -205,7 +205,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
                 model, task.loss, x_t, y_t, tokens_s, y_s, args.inner_lr, args.lambda_, args.gradient
             )
             for parameter, gradient in zip(trained.parameters(), [*g_e, *g_h], strict=False):  # a frozen predictor gets none
-                parameter.grad = gradient
+                parameter.grad = gradient.contiguous()  # as the parameter is; fused Adam misreads another order of axes
             if args.clip > 0:
                 nn.utils.clip_grad_norm_(trained.parameters(), args.clip)
             optimizer.step()

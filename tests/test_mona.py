@@ -146,11 +146,11 @@ def test_the_step_leaves_the_model_untouched(small):
 # ---- stage 1
 
 
-def stage_1(tmp_path, **options):
+def stage_1(tmp_path, task="spherical", **options):
     torch.manual_seed(0)
     source = common.load_source("tiny-swin")
     args = data.complete(mona.Args(scale="tiny", backbone="tiny-swin", meta_epochs=2, **options), "mona", "tiny")
-    loaded = data.load("spherical", tmp_path, tmp_path, "tiny", 64)
+    loaded = data.load(task, tmp_path, tmp_path, "tiny", 64)
     source_set = data.load_proxy("cifar10", tmp_path, "tiny", 96)
     embedder = common.initialise(common.Embedder2d(3, source.token_width, source.size), source, "copy")
     model = common.Model(embedder, source.encoder, common.ClassPredictor(source.feature_width, 9))
@@ -160,8 +160,9 @@ def stage_1(tmp_path, **options):
     return model, before, history, loaded, args
 
 
-def test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder(tmp_path):
-    model, before, _, loaded, args = stage_1(tmp_path, lambda_=0.0, predictor="frozen")
+@pytest.mark.parametrize("task", ["spherical", "cifar100"])  # cifar100 is augmented: its batches are channels last
+def test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder(task, tmp_path):
+    model, before, _, loaded, args = stage_1(tmp_path, task, lambda_=0.0, predictor="frozen")
     reference = common.Model(
         common.Embedder2d(3, 64, 32), common.load_source("tiny-swin").encoder, common.ClassPredictor(128, 9)
     ).eval()
