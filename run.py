@@ -293,15 +293,16 @@ class Run:
         self.folder = Path(args.out_dir) / f"{args.task}-{self.method}-{backbone}-s{args.seed}{toy}"
         self.result_file, self.last, self.best_file = (self.folder / n for n in ("result.json", "last.pt", "best.safetensors"))
         self.stage1_file = self.folder / "stage1.safetensors"
-        found = [False, None]  # the first process checks for all: the others may see an older state of a network drive
+        found = [False, None, []]  # the first process checks for all: the others may see an older state of a network drive
         if self.rank == 0:
             try:
                 found[0] = self.finished_before(identity, splits)
+                found[2] = [path for path in (self.stage1_file, self.last) if path.exists()]
             except UserError as error:
                 found[1] = str(error)
         if self.world > 1:
             torch.distributed.broadcast_object_list(found)
-        finished, wrong = found
+        finished, wrong, self.saved = found
         if wrong:
             raise UserError(wrong)
         if not (self.folder / "args.json").exists():
@@ -414,7 +415,7 @@ class Run:
 
     def restore_stage1(self, **modules):
         """Load what `keep_stage1` saved; False if there is nothing yet."""
-        if not self.stage1_file.exists():
+        if self.stage1_file not in self.saved:
             return False
         try:
             with safe_open(self.stage1_file, "pt") as file:
@@ -461,7 +462,7 @@ class Run:
 
     def resume(self, net, optimizer, schedule):
         """Load the last finished epoch if there is one. Returns the number of the next epoch, from 0."""
-        if not self.last.exists():
+        if self.last not in self.saved:
             return 0
         try:
             state = torch.load(io.BytesIO(self.last.read_bytes()), map_location=self.device, weights_only=True)
