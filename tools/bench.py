@@ -349,7 +349,7 @@ def one_meta_step(way, backbone, B):
                 tokens_s = source.embedder(x_s)
             g_e, g_h, _ = mona.meta_gradient(model, loss, x, y, tokens_s, y_s, 1.0, 1.0, way)
             for parameter, gradient in zip(trained, g_e + g_h, strict=True):
-                parameter.grad = gradient
+                parameter.grad = gradient.contiguous()
         optimizer.step()
         optimizer.zero_grad()
         wait()
@@ -469,7 +469,7 @@ def build(method, scale, have, device, mix=one_by_one):
             way = "finite-difference" if "finite difference" in have else "exact"
             g_e, g_h, log = mona.meta_gradient(model.eval(), loss, x, y, tokens_s, y_s, args.inner_lr, args.lambda_, way)
             for parameter, gradient in zip(net.parameters(), g_e + g_h, strict=True):
-                parameter.grad = gradient
+                parameter.grad = gradient.contiguous()
             total = log[0]
         else:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
