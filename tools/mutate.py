@@ -30,6 +30,7 @@ ORCA_DRAWS = "test_orca_draws_classes_and_samples_as_told"
 MONA, DIFFERENCE = (
     "test_mona_looks_one_step_ahead_then_refines_from_there", "test_the_finite_difference_agrees_with_the_exact_gradient",
 )  # fmt: skip
+MONA_LAYOUT = "test_stage_1_with_lambda_0_is_a_plain_loop_over_the_embedder[cifar100]"
 RECRAFT, RECRAFT_RELEASED = "test_stage_1_by_a_plain_loop", "test_as_released_steps_through_groups_of_one_class"
 RECRAFT_SAME, RECRAFT_KEPT = (
     "test_encoder_and_source_predictor_are_bit_identical_after_stage_1", "test_recraft_trains_the_embedder_only_and_keeps_it",
@@ -293,6 +294,7 @@ MUTATIONS = {
         ("pairs of a sample with itself", "(torch.exp(-2 * d) * off_diagonal).sum() / off_diagonal.sum()",
          "torch.exp(-2 * d).mean()", MONA),
         ("predictor of stage 1 never trains", "zip(trained.parameters(), [*g_e, *g_h]", "zip(trained.parameters(), g_e", MONA),
+        ("gradients in another layout", "gradient.contiguous()", "gradient", MONA_LAYOUT),
         ("no clipping in stage 1", "nn.utils.clip_grad_norm_(trained.parameters(), args.clip)", "pass", MONA),
         ("few source samples in a batch", "args.batch_size * math.ceil(32 / args.batch_size)", "args.batch_size", MONA),
         ("stage 2 repeats the batches of stage 1", "epoch, *processes(), stage=1)\n        batches_s", "epoch, *processes())\n"
