@@ -18,7 +18,7 @@ everything, from that embedder.
     python mona.py --task spherical
 
 Measured with 1,000 real samples, tiny scale, 5 seeds (satellite: 3), last epoch, naive fine-tuning in parentheses: error on
-cifar100 0.784 ± 0.005 (0.784 ± 0.004), on satellite 0.400 ± 0.014 (0.417 ± 0.012). docs/results.md has the commands and more.
+cifar100 0.784 ± 0.004 (0.784 ± 0.004), on satellite 0.400 ± 0.014 (0.417 ± 0.012). docs/results.md has the commands and more.
 Published, spherical, full scale: 0.271.
 
 No official code was found. Signs in line 4 are Wang and Isola's (lecture slides on MoNA, Tran 2024, print both terms negated,
