@@ -77,7 +77,7 @@ class PretendGpu(TorchFunctionMode):
             assert not gpu, "cannot pin a tensor that is on the GPU"
             return args[0]
         if name in ("_fused_adam_", "_fused_adamw_"):  # parameters, gradients
-            assert [p.stride() for p in args[0]] == [g.stride() for g in args[1]], f"{name}: layouts differ"
+            assert all(t.is_contiguous() for t in (*args[0], *args[1])), f"{name}: layouts differ"
         if name in ("numpy", "__array__") and gpu:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if device := kwargs.get("device"):
