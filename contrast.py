@@ -268,7 +268,7 @@ def main(args):
             scores_s = torch.cat([net.score(source.embedder(source_set.inputs(part))) for part in parts])  # (n_s, N_s)
     x = train.inputs(torch.arange(min(64, train.chunk, len(train)), device=device))  # for the checks below
     if args.contrast_epochs > 0 and not run.restore_stage1(embedder=embedder):
-        model.encoder.eval().requires_grad_(False)  # with 0.6 times the memory
+        model.encoder.eval().requires_grad_(False)  # 0.6 times the activations (docs/performance.md)
         deep = (args.features or ("embedder" if args.as_printed else "encoder")) == "encoder"
         if x.shape[1] > 1 and ((x == 0) | (x == 1)).all():
             print("contrast the inputs are one-hot. They are noised as others are: the views are not one-hot")

@@ -246,7 +246,7 @@ def main(args):
     if args.align_epochs + args.label_epochs > 0 and not run.restore_stage1(embedder=embedder):
         embedder.to(device)
         source.embedder.to(device)
-        frozen = model.encoder.to(device).eval().requires_grad_(False)  # with 0.6 times the memory
+        frozen = model.encoder.to(device).eval().requires_grad_(False)  # 0.6 times the activations (docs/performance.md)
         features = functools.partial(encode, frozen, run.autocast)
         every = torch.arange(len(source_set), device=device)
         y_s, y_t = (data.class_labels(split, seed=args.seed) for split in (source_set, train))
