@@ -400,8 +400,8 @@ def check_record(task):
 
 def check_parts(name, parts):
     """Return what the reader of task `name` returned. Raise UserError if it is not (x, y), (x, y), origin[, changes]."""
-    pair = lambda part: isinstance(part, (tuple, list)) and len(part) == 2
-    if not (isinstance(parts, (tuple, list)) and len(parts) in (3, 4) and all(map(pair, parts[:2])) and isinstance(parts[2], str)):
+    has = lambda part, *lengths: isinstance(part, (tuple, list)) and len(part) in lengths
+    if not (has(parts, 3, 4) and has(parts[0], 2) and has(parts[1], 2) and isinstance(parts[2], str)):
         raise UserError(f'task {name}: `read` must return (x, y), (x_test, y_test), "official".')
     return parts
 
