@@ -325,8 +325,8 @@ class Run:
                     "a finished run: see result.json" if self.result_file.exists() else "a run already: continue with --resume"
                 )
                 raise UserError(f"{self.folder} holds {state}.\nOtherwise choose another --out-dir, or remove the folder.")
-            before = {k: identity[k] for k in ("checksums", "weights")}  # runs of earlier versions have none
-            before |= json.loads((self.folder / "args.json").read_text())
+            before = {k: identity[k] for k in ("checksums", "weights")}  # runs of earlier versions have none, or []
+            before |= dict(x for x in json.loads((self.folder / "args.json").read_text()).items() if x != ("weights", []))
             free = ("resume", "out_dir", "data_dir", "track")  # options that do not change the result
             other = [
                 f"{k} was {before.get(k)!r}, now {v!r}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -38,15 +39,15 @@ def use(tmp_path):
 def results(tmp_path):
     """Writes a results.csv: results(name, (task, method, seed, error at the last epoch, n_train, steps), ...)"""
 
-    def write(name, *rows, lr=0.1):
+    def write(name, *rows, **more):
         path = tmp_path / name
         with path.open("w") as file:
             writer = csv.DictWriter(file, reproduce.COLUMNS)
             writer.writeheader()
             for task, method, seed, error, n_train, steps in rows:
                 row = {"task": task, "method": method, "seed": seed, "test": 9, "test_last": error, "metric": "error"}
-                row |= {"n_train": n_train, "steps": steps, "epochs": 8, "scale": "tiny", "seconds": 1, "lr": lr}
-                writer.writerow(row)
+                row |= {"n_train": n_train, "steps": steps, "epochs": 8, "scale": "tiny", "seconds": 1, "lr": 0.1}
+                writer.writerow(row | more)
         return path
 
     return write
@@ -246,6 +247,8 @@ def test_mistakes_are_told(use, results, runs, tmp_path):
     one = results("one.csv", ("a", "naive", 0, 0.5, 100, 9))
     two = results("two.csv", ("a", "naive", 0, 0.5, 1000, 99))
     (tmp_path / "text.csv").write_text("no,results\n1,2\n")
+    cut = shutil.copytree(runs / NAIVE, tmp_path / "cut")
+    (cut / "metrics.jsonl").write_text((cut / "metrics.jsonl").read_text()[:-9])
     for what, words, message in (
         ("sizes", [], "takes 1 or more results.csv"),
         ("sizes", [one], "no method has runs at more than one x"),
@@ -254,11 +257,18 @@ def test_mistakes_are_told(use, results, runs, tmp_path):
         ("sizes", [one, two, "--methods", "naive", "orka"], "no runs of orka"),
         ("gains", [one], "no method has a run with the seed of a run of naive"),
         ("pairs", [one, one], "they have a seed twice"),
+        ("pairs", [one], "pairs: the results files have no two methods to compare"),
+        ("table", [one], "table: the results files have no two methods to compare"),
+        ("details", [one], "details: the results files have no two methods to compare"),
+        ("table", [one, results("score.csv", ("a", "orca", 0, 0.5, 100, 9), metric="score")], "differ in scale or metric"),
+        ("gains", [one, results("full.csv", ("a", "orca", 0, 0.5, 100, 9), scale="full")], "differ in scale or metric"),
         ("compute", [one, two], "differ in n_train"),
         ("compute", [one, tmp_path / "none.csv"], "none.csv is missing"),
         ("start", [tmp_path / "text.csv"], "text.csv is not a results.csv"),
         ("start", [one], "No method has runs with both starts"),
         ("curves", [tmp_path], "holds no finished run"),
+        ("curves", [cut], r"holds no finished run \(metrics.jsonl is empty or cut short"),
+        ("gate", ["--task", "satellite", "--out-dir", runs], "Give a 2D task"),
         ("curves", [runs / NAIVE, "--out", one], "is a file"),
         ("gate", ["--out-dir", tmp_path], "no finished run of spherical"),
         ("ablation", ["--task", "darcy", "--out-dir", runs], "no finished run of darcy"),

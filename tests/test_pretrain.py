@@ -138,6 +138,22 @@ def test_weights_that_are_not_finite_are_not_written(corpus, tmp_path):
     assert (tmp_path / "t.safetensors").read_bytes() == b"earlier"
 
 
+def test_finished_weights_are_not_trained_again(corpus, tmp_path):
+    args = pretrain.Text(data_dir=str(corpus), out=str(tmp_path / "t"))
+    (tmp_path / "t.safetensors").write_bytes(b"finished")
+    with pytest.raises(cli.UserError, match="t.safetensors is a finished backbone"):
+        pretrain.main(args)
+    (tmp_path / "t.part").write_bytes(b"")  # a training in progress is continued
+    with pytest.raises(EOFError):
+        pretrain.main(args)
+
+
+@pytest.mark.parametrize("wrong", [{"depths": ()}, {"depths": (1, 0)}, {"size": 2}, {"size": 20, "depths": (1, 1, 1)}])
+def test_a_swin_that_cannot_be_is_refused(wrong, tmp_path):
+    with pytest.raises(cli.UserError, match="depths are positive, the size a multiple of"):
+        pretrain.main(pretrain.Images(out=str(tmp_path / "s"), **wrong))
+
+
 def test_an_unknown_kind_and_its_options_are_refused(script, tmp_path):
     assert "images" in script("tools/pretrain.py", "sounds", out=tmp_path / "x", code=2)
     mistakes = script("tools/pretrain.py", "text", "--steps", "many", out=tmp_path / "x", code=2)

@@ -73,6 +73,50 @@ def test_a_row_stays_when_the_folder_of_its_run_is_gone(tmp_path):
     assert {row["seed"]: row["test_last"] for row in reproduce.read_results(path)} == {0: 0.0, 1: 0.1, 2: 0.7}
 
 
+def refused(folder, match, **changes):
+    args = reproduce.Args(("a",), out_dir=str(folder), **changes)
+    with pytest.raises(cli.UserError, match=match), reproduce.same_options(args):
+        pass
+
+
+def test_a_folder_keeps_the_options_of_its_runs(tmp_path):
+    options = lambda: json.loads((tmp_path / "options.json").read_text())
+    first = reproduce.Args(("a",), out_dir=str(tmp_path), options="--epochs 1")
+    with reproduce.same_options(first):
+        assert options()["a"]["options"] == "--epochs 1"
+        refused(tmp_path, "holds runs of a", options="--epochs 2")  # also while its first run starts
+        with reproduce.same_options(reproduce.Args(("b",), out_dir=str(tmp_path))):  # another study beside it
+            pass
+        assert list(options()) == ["a"]
+    assert options() == {}  # none of its runs began
+    with reproduce.same_options(first):
+        (tmp_path / "a-naive-tiny-swin-s0").mkdir()
+    assert list(options()) == ["a"]
+    (tmp_path / "a-naive-tiny-swin-s0").rmdir()
+    written(tmp_path / "results.csv", [{"options": "--epochs 1"}])
+    refused(tmp_path, "holds runs of a")  # the folders are gone, the rows are not
+    (tmp_path / "options.json").unlink()
+    refused(tmp_path, "results.csv has rows of a with other options", n_train=9)
+    with reproduce.same_options(first):
+        pass
+    assert list(options()) == ["a"]
+
+
+def test_a_table_averages_what_belongs_together(tmp_path):
+    rows = [{"seed": seed, "lr": 0.1, "steps": 1} for seed in range(3)]
+    reproduce.table(reproduce.read_results(written(tmp_path / "same.csv", rows)), "a")
+    for other in ({"lr": 0.2}, {"n_train": 10}, {"data": "toy"}, {"steps": 2}):
+        mixed = written(tmp_path / "mixed.csv", [*rows[:2], rows[2] | other])
+        with pytest.raises(cli.UserError, match=f"cannot be averaged: they differ in {next(iter(other))}"):
+            reproduce.table(reproduce.read_results(mixed), "a")
+
+
+def test_equal_differences_have_no_p():
+    rows = [{"task": "a", "method": method, "seed": seed, "data": "toy", "test_last": error + less}
+            for seed, error in enumerate((0.3, 0.4, 0.5)) for method, less in (("naive", 0.0), ("orca", -0.1))]  # fmt: skip
+    assert reproduce.p_value(rows, "a", "orca") is None
+
+
 def test_runs_of_different_studies_share_no_table(tmp_path):
     twice = written(tmp_path / "twice.csv", [{"n_train": 9}, {"n_train": 100, "test_last": 0.2}])
     with pytest.raises(cli.UserError, match="has a run twice"):
@@ -185,7 +229,7 @@ def test_a_bias_lets_amplitudes_pass_and_shuffled_labels_are_the_same_labels():
     assert sorted(y_t.tolist()) == list(range(50)) != y_t.tolist()
 
 
-def test_only_real_runs_of_the_same_options_and_scale_count_as_known(tmp_path, monkeypatch, capsys):
+def test_only_real_runs_of_the_same_options_and_scale_count_as_known(tmp_path, monkeypatch):
     known, started = tmp_path / "known.csv", []
     row = {"task": "cifar100", "method": "naive", "test": 0.5, "test_last": 0.5, "metric": "error", "n_train": 9, "seconds": 1}
     with known.open("w") as file:
@@ -199,10 +243,10 @@ def test_only_real_runs_of_the_same_options_and_scale_count_as_known(tmp_path, m
     monkeypatch.setattr(reproduce, "start", lambda args, task, method, seed, *rest: started.append(seed) or True)
     twice = ("naive", "naive")  # the second is left out
     args = reproduce.Args(("cifar100",), twice, 4, out_dir=str(tmp_path / "out"), known=str(known), options="--epochs 2")
-    reproduce.main(args)
+    with pytest.raises(cli.UserError, match="cannot be averaged: they differ in data"):  # the run on toy data was not repeated
+        reproduce.main(args)
     assert sorted(started) == [1, 2, 3]
     assert [row["seed"] for row in reproduce.read_results(tmp_path / "out/results.csv")] == [0, 1]
-    assert "| naive | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 |  |  | 2 |" in capsys.readouterr().out
 
 
 def test_options_do_not_override_a_variant(monkeypatch):

@@ -39,7 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import cli
 import data
-from tools.reproduce import METHODS, apart, collect, known_methods, of, p_value, pairs, read, read_results, spread
+from run import damage
+from tools.reproduce import apart, check_alike, collect, known_methods, of, p_value, pairs, read, read_results, spread
+from tools.variants import METHODS
 
 matplotlib.use("Agg")
 
@@ -137,24 +139,31 @@ def rows_in(files):
     return [row for file in files for row in read_results(file)]
 
 
-ALIKE = ("metric", "data", "scale", "backbone", "lr", "epochs", "steps", "n_train")  # what runs must share to be averaged
-
-
 def errors_of(rows, *names):
     """Group the errors at the last epoch: errors_of(rows, "method", "x") is method -> x -> list over seeds.
 
-    Raises: UserError if a group has two runs of one seed or runs of different options: their mean would mean nothing.
+    Raises: UserError if a group has two runs of one seed or runs of different options, as `check_alike`.
     """
     if names:
         values = dict.fromkeys(row[names[0]] for row in rows)
         return {value: errors_of(of(rows, **{names[0]: value}), *names[1:]) for value in values}
-    seeds = [row["seed"] for row in rows]
-    differ = [name for name in ALIKE if len({row[name] for row in rows}) > 1]
-    if differ or len(set(seeds)) < len(seeds):
-        runs = f"the runs of {rows[0]['task']} {rows[0]['method']}, seeds {', '.join(map(str, seeds))}, cannot be averaged"
-        why = f"differ in {', '.join(differ)}" if differ else "have a seed twice"
-        raise cli.UserError(f"{runs}: they {why}.\nGive files of results that belong together.")
+    check_alike(rows)
     return [row["test_last"] for row in rows]
+
+
+def studies(rows):
+    """(task, n_train), its rows, and method -> errors, a list over seeds. Raises UserError if rows do not belong together."""
+    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
+        those = of(rows, task=task, n_train=n_train)
+        if len({(row["scale"], row["metric"]) for row in those}) > 1:
+            raise cli.UserError(f"the runs of {task} differ in scale or metric.\nGive files of results that belong together.")
+        yield (task, n_train), those, errors_of(those, "method")
+
+
+def check_some(args, found):
+    """Raise UserError if there is nothing to show."""
+    if not found:
+        raise cli.UserError(f"{args.what}: the results files have no two methods to compare.\nGive others, or other --methods.")
 
 
 def chosen(args, rows):
@@ -173,9 +182,8 @@ def table(args):
     """
     rows, columns = rows_in(args.inputs), {}
     methods = chosen(args, rows)
-    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
-        those = of(rows, task=task, n_train=n_train)
-        errors = {method: found for method, found in errors_of(those, "method").items() if method in methods}
+    for (task, n_train), those, errors in studies(rows):
+        errors = {method: found for method, found in errors.items() if method in methods}
         if len(errors) < 2:
             continue
         n = statistics.mode(map(len, errors.values()))
@@ -184,6 +192,7 @@ def table(args):
             p = p_value(those, task, method)
             star = "\\*" if p is not None and p < 0.05 else ""  # escaped: Markdown
             cells[method] = spread(found) + star + f" (n = {len(found)})" * (len(found) != n)
+    check_some(args, columns)
     print(f"| method | {' | '.join(columns)} |\n|---" + "|---" * len(columns) + "|")
     for method in known_methods(rows):
         if any(method in cells for cells in columns.values()):
@@ -200,9 +209,7 @@ def gains(args):
     rows, found = rows_in(args.inputs), {}
     wanted = chosen(args, rows)
     methods = [method for method in known_methods(rows) if method in wanted and method != "naive"]
-    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
-        those = of(rows, task=task, n_train=n_train)
-        errors_of(those, "method")  # raises if runs of a method do not belong together
+    for (task, n_train), those, _ in studies(rows):
         both = {method: pairs(those, task, method, "naive") for method in methods}
         # without errors of 0, as on a table that is solved: their ratio means nothing
         if ratios := {m: np.divide(ours, naive) for m, (ours, naive) in both.items() if ours and all(ours + naive)}:
@@ -241,9 +248,7 @@ def versus(args):
     """
     rows, shown = rows_in(args.inputs), {}
     methods = chosen(args, rows)
-    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
-        those = of(rows, task=task, n_train=n_train)
-        errors = errors_of(those, "method")  # raises if runs of a method do not belong together
+    for (task, n_train), those, errors in studies(rows):
         have = [method for method in known_methods(rows) if method in errors and method in methods]
         if len(have) < 2:
             continue
@@ -252,6 +257,7 @@ def versus(args):
         for i, method in enumerate(have[:-1], 1):
             cells = [apart(those, task, method, other).replace(" | ", ", p = ").removesuffix(", p = ") for other in have[i:]]
             print(f"| {method} |", " | ".join((i - 1) * [""] + cells), "|")
+    check_some(args, shown)
     return shown
 
 
@@ -267,15 +273,14 @@ def details(args):
     rows, shown, copied = rows_in(args.inputs), {}, {other: method for method, other in RANDOM.items()}
     methods = chosen(args, rows)
     print("| task | variant | test, last epoch | minus the method, same seeds | p | n |\n" + "|---" * 6 + "|")
-    for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
-        those = of(rows, task=task, n_train=n_train)
-        errors = errors_of(those, "method")
+    for (task, n_train), those, errors in studies(rows):
         for method in known_methods(those):
             base = copied.get(method) or method.partition("-")[0]
             if method != base and {method, base} <= errors.keys() and method in methods:
                 shown.setdefault((task, n_train), []).append(method)
                 cells = spread(errors[method]), apart(those, task, method, base), len(errors[method])
                 print(f"| {task} | {method} |", " | ".join(map(str, cells)), "|")
+    check_some(args, shown)
     return shown
 
 
@@ -361,10 +366,10 @@ LABELS = {"sizes": "training samples", "compute": "batches encoded, in optimizer
 
 
 def finished(run, *more):
-    """`read` of the folder of a run. Raises UserError if the run is not finished, is that of a reference, or lacks a file."""
+    """`read` of the folder of a run. Raises UserError if it is not finished or that of a reference, or if a file is damaged."""
     for name in ("result.json", "args.json", *more):  # a reference has no args.json
-        if not (Path(run) / name).exists():
-            raise cli.UserError(f"{run} holds no finished run ({name} is missing).\nGive the folder of a finished run.")
+        if wrong := damage(Path(run) / name):
+            raise cli.UserError(f"{run} holds no finished run ({name} {wrong}).\nGive the folder of a finished run.")
     return read(Path(run) / "result.json")
 
 
@@ -456,6 +461,8 @@ def errors(rows, methods):
 
 def gate(args):
     """Test error over k0, for patches selected by the gate and at random."""
+    if data.find_task(args.task).modality == "1d":
+        raise cli.UserError(f"gate: k0 of {args.task} is limited by the tokens of its source.\nGive a 2D task.")
     rows = rows_of(args)
     default = data.find_task(args.task).recipes["pare"].k_begin
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")

@@ -182,6 +182,9 @@ def cutmix(x, y):
 
 
 def images(args):
+    whole = 4 * 2 ** max(0, len(args.depths) - 1)  # each merging halves the sides of the grid of patches
+    if min(args.depths, default=0) < 1 or args.size < 1 or args.size % whole:
+        raise cli.UserError(f"--size {args.size} --depths {args.depths}: depths are positive, the size a multiple of {whole}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     proxy, start = data.PROXIES["tiny_imagenet"], time.time()
@@ -519,6 +522,9 @@ def text(args):
 
 
 def main(args):
+    path = Path(args.out.removesuffix(".safetensors") + ".safetensors")
+    if path.exists() and not path.with_suffix(".part").exists():
+        raise cli.UserError(f"{path} is a finished backbone.\nGive another --out, or remove it.")
     images(args) if isinstance(args, Images) else text(args)
 
 

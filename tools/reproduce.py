@@ -111,7 +111,7 @@ def train(method, options):
 def refer(method, args, task, seed, out):
     """One run of a reference, on the split of the methods with this seed. Does nothing if it does not fit the task."""
     began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
-    released = "--as-released" in shlex.split(args.options)
+    released = "--as-released" in args.options.replace("_", "-")
     loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed, as_released=released)
     error = references.refer(method, loaded, seed, ["--scale", args.scale, *shlex.split(args.options)])
     if error is not None:
@@ -184,21 +184,31 @@ def options_of(chosen):
     return " ".join([f"--n-train {n_train}"] * bool(n_train) + [chosen["options"]] * bool(chosen["options"]))
 
 
+@contextlib.contextmanager
 def same_options(args):
-    """Refuse an --out-dir with runs of a task with other options (UserError): they would be mistaken for the new ones."""
-    note = Path(args.out_dir) / "options.json"
+    """Keep the options of the runs of each task in OUT_DIR/options.json. Tasks whose runs all failed at once are free again.
+
+    Raises: UserError if the folder has runs or rows of a task with other options: they would be mistaken for the new ones.
+    """
+    out, chosen = Path(args.out_dir), {"scale": args.scale, "n_train": args.n_train, "options": args.options}
+    note, csv_file = out / "options.json", out / "results.csv"
     before = read_json(note) if note.exists() else {}
-    begun = lambda task: any(any(note.parent.glob(f"{where}{task}-*-s*[0-9]*")) for where in ("", "*/"))
-    before = {task: of for task, of in before.items() if begun(task)}  # others failed before their first run
-    chosen = {"scale": args.scale, "n_train": args.n_train, "options": args.options}
+    rows_of = lambda task: of(read_results(csv_file), task=task) if csv_file.exists() else []
     for task in args.tasks:
-        if task not in before and (others := sorted(note.parent.glob(f"{task}-*-s*[0-9]/result.json"))):
+        if task not in before and (others := sorted(out.glob(f"{task}-*-s*[0-9]/result.json"))):
             raise cli.UserError(f"{others[0].parent} was not started by this tool.\nGive another --out-dir.")
         if before.setdefault(task, chosen) != chosen:
-            raise cli.UserError(f"{args.out_dir} holds runs of {task} with {before[task]}.\nGive these another --out-dir.")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(note) as file:
-        file.write(json.dumps(before, indent=1).encode())
+            raise cli.UserError(f"{out} holds runs of {task} with {before[task]}.\nGive these another --out-dir.")
+        if {(row["options"] or "", row["scale"]) for row in rows_of(task)} - {(options_of(chosen), args.scale)}:
+            raise cli.UserError(f"{csv_file} has rows of {task} with other options.\nGive these runs another --out-dir.")
+    out.mkdir(parents=True, exist_ok=True)
+    write(note, json.dumps(before, indent=1).encode())
+    try:
+        yield
+    finally:
+        begun = lambda task: rows_of(task) or any(any(out.glob(f"{where}{task}-*-s*[0-9]*")) for where in ("", "*/"))
+        others = {task: of for task, of in read_json(note).items() if task not in args.tasks}  # perhaps of another process
+        write(note, json.dumps(others | {task: chosen for task in args.tasks if begun(task)}, indent=1).encode())
 
 
 def read_json(path):
@@ -305,6 +315,19 @@ def known_methods(rows):
     return dict.fromkeys((*METHODS, *REFERENCES, *(row["method"] for row in rows)))
 
 
+ALIKE = ("metric", "data", "scale", "backbone", "lr", "epochs", "steps", "n_train")  # what runs must share to be averaged
+
+
+def check_alike(rows):
+    """Refuse runs of a method on a task whose mean would mean nothing (UserError): of different options, or of one seed."""
+    seeds = [row["seed"] for row in rows]
+    differ = [name for name in ALIKE if len({str(row.get(name)) for row in rows}) > 1]  # a csv has text
+    if differ or len(set(seeds)) < len(seeds):
+        runs = f"the runs of {rows[0]['task']} {rows[0]['method']}, seeds {', '.join(map(str, seeds))}, cannot be averaged"
+        why = f"differ in {', '.join(differ)}" if differ else "have a seed twice"
+        raise cli.UserError(f"{runs}: they {why}.\nGive files of results that belong together.")
+
+
 def pairs(rows, task, method, base, which="test_last"):
     """Errors of a method and of the base in the runs with the same seeds, on the same kind of data: two lists."""
     ours, theirs = ({(row["seed"], row["data"]): row[which] for row in of(rows, task=task, method=m)} for m in (method, base))
@@ -315,7 +338,7 @@ def pairs(rows, task, method, base, which="test_last"):
 def p_value(rows, task, method, base="naive"):
     """p of the paired t test at the last epoch, same seeds; None with fewer than three, or if all differ by the same."""
     ours, theirs = pairs(rows, task, method, base)
-    differences = {a - b for a, b in zip(ours, theirs, strict=True)}
+    differences = {round(a - b, 12) for a, b in zip(ours, theirs, strict=True)}  # equal up to rounding
     return float(ttest_rel(ours, theirs).pvalue) if len(ours) > 2 and len(differences) > 1 else None
 
 
@@ -340,6 +363,7 @@ def table(rows, task):
           "| published, full scale |\n" + "|---" * 8 + "|")  # fmt: skip
     for method in known_methods(rows):
         if runs := of(rows, task=task, method=method):
+            check_alike(runs)
             best, last = (spread([row[which] for row in runs]) for which in ("test", "test_last"))
             known = dict(zip(PUBLISHED_METHODS, PUBLISHED.get(task, ()), strict=False)).get(method)
             print(f"| {method} | {best} | {last} | {apart(rows, task, method)} | {len(runs)} |",
@@ -420,23 +444,8 @@ def paired(rows, base="naive"):
             print(f"| {method} |", " | ".join(cells), "|")
 
 
-def main(args):
-    for task in args.tasks:
-        data.find_task(task)
-    if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
-        raise cli.UserError(f"unknown method {unknown[0]!r}.\nAvailable: {', '.join((*METHODS, *REFERENCES))}.")
-    if "-" in Path(args.out_dir).name and Path(args.out_dir).name in METHODS:
-        raise cli.UserError(f"--out-dir {args.out_dir} has the name of a variant, whose runs these would be.\nGive another.")
-    try:
-        words = shlex.split(args.options)
-    except ValueError as error:
-        raise cli.UserError(f"--options {args.options!r}: {cli.reason(error)}.\nClose its quotes.") from error
-    if taken := OWN & {word.partition("=")[0].replace("_", "-") for word in words}:
-        raise cli.UserError(f"--options contains {min(taken)}, which this tool sets itself.\nLeave it out.")
-    scale = ("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale
-    args = replace(args, scale=scale, tasks=tuple(dict.fromkeys(args.tasks)), methods=tuple(dict.fromkeys(args.methods)))
-    if args.seeds:
-        same_options(args)
+def run_all(args):
+    """Run what is not finished or known, `args.jobs` runs at a time. Returns: whether each run succeeded."""
     # without fork (Windows), each run imports everything itself
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     context.set_forkserver_preload(PRELOAD)
@@ -470,8 +479,28 @@ def main(args):
     if args.known:
         print(f"{len(wanted)} runs, {sum((t, m, s) in known for s, t, m in wanted)} of them known", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
-    if rows := [row for row in save(args) if row["task"] in args.tasks]:
+        return list(pool.map(lambda one: run(one[1], one[2], one[0]), wanted))
+
+
+def main(args):
+    for task in args.tasks:
+        data.find_task(task)
+    if unknown := [method for method in args.methods if method not in METHODS and method not in REFERENCES]:
+        raise cli.UserError(f"unknown method {unknown[0]!r}.\nAvailable: {', '.join((*METHODS, *REFERENCES))}.")
+    if "-" in Path(args.out_dir).name and Path(args.out_dir).name in METHODS:
+        raise cli.UserError(f"--out-dir {args.out_dir} has the name of a variant, whose runs these would be.\nGive another.")
+    try:
+        words = shlex.split(args.options)
+    except ValueError as error:
+        raise cli.UserError(f"--options {args.options!r}: {cli.reason(error)}.\nClose its quotes.") from error
+    if taken := OWN & {word.partition("=")[0].replace("_", "-") for word in words}:
+        raise cli.UserError(f"--options contains {min(taken)}, which this tool sets itself.\nLeave it out.")
+    scale = ("full" if torch.cuda.is_available() else "tiny") if args.scale == "auto" else args.scale
+    args = replace(args, scale=scale, tasks=tuple(dict.fromkeys(args.tasks)), methods=tuple(dict.fromkeys(args.methods)))
+    with same_options(args) if args.seeds else contextlib.nullcontext():
+        done = run_all(args)
+        rows = save(args)
+    if rows := [row for row in rows if row["task"] in args.tasks]:
         rows.sort(key=lambda row: args.tasks.index(row["task"]))
         for task in dict.fromkeys(row["task"] for row in rows):
             table(rows, task)
