@@ -216,7 +216,7 @@ def gains(args):
             found[task, n_train] = ratios  # each (seeds,)
     if not found:
         raise cli.UserError("gains: no method has a run with the seed of a run of naive.\nRun naive with the same seeds.")
-    columns = min(len(found), 5)
+    columns = min(len(found), 4)
     lines = -(-len(found) // columns)
     size = 1 + 2.4 * columns, (0.7 + 0.2 * len(methods)) * lines
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
