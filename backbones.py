@@ -484,13 +484,17 @@ def fetch_image_model(short, wanted, pretrained):
     return model
 
 
+def local_path(name):
+    """Where the weights of a backbone are if they are local: the file of one of this project, or the name as a path."""
+    shipped = WEIGHTS / f"{name}.safetensors"
+    return shipped if shipped.exists() else Path(name).expanduser()
+
+
 def load_model(name, pretrained=True):
     """The model `name` of `common.load_source`: (a Swin or ViT of timm, None), or (a BERT-like model, its Tokenizer)."""
     short = os.path.expanduser(name.removeprefix("random:"))
     pretrained = pretrained and not name.startswith("random:")
-    path = Path(short)
-    if (WEIGHTS / f"{short}.safetensors").exists():
-        path = WEIGHTS / f"{short}.safetensors"
+    path = local_path(short)
     from_file, wanted = path.suffix == ".safetensors", SHORT_NAMES.get(short, short)
     if is_text_model(short, path):
         return read_roberta(path, pretrained) if from_file else fetch_text_model(name, wanted, pretrained)

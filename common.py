@@ -9,6 +9,7 @@ samples. `_s` source, `_t` target, `_m` mixed.
 
 import functools
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones import DEFAULT_BACKBONE, SwinEncoder, TextEncoder, Tokenizer, VitEncoder, first_position, load_model, rebuild
+from backbones import (
+    DEFAULT_BACKBONE,
+    SwinEncoder,
+    TextEncoder,
+    Tokenizer,
+    VitEncoder,
+    first_position,
+    load_model,
+    local_path,
+    rebuild,
+)
 from cli import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +356,13 @@ def load_source(name, pretrained=True, architecture=None):
         embedder.positions.copy_(model.pos_embed.detach()[0, -embedder.tokens :])  # (N, D), after the class token's
     encoder = VitEncoder(model) if vit else SwinEncoder(model)
     return Source(name, "2d", embedder, encoder, model.embed_dim, model.num_features, size)
+
+
+def weights_checksums(*names):
+    """CRC-32 of the files of weights of these backbones; those of a hub, and None, are left out."""
+    paths = [local_path(name) for name in names if name]
+    files = [file for path in paths for file in (path, *path.glob("*.safetensors"), *path.glob("*.bin")) if file.is_file()]
+    return [zlib.crc32(file.read_bytes()) for file in sorted(files)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ class Run:
         busy = f"{self.folder}: another process is training this run.\nWait for it, or give another --out-dir."
         self.lock = None if self.result_file.exists() else data.files.lock(self.folder / ".lock", busy)  # finished: read only
         identity["checksums"] = [checksum(split) if split.kind == "official" else None for split in splits]
-        identity["weights"] = data.files.weights_checksums(self.args.backbone, getattr(self.args, "text_encoder", None))
+        identity["weights"] = common.weights_checksums(self.args.backbone, getattr(self.args, "text_encoder", None))
         if self.begun():
             if not self.args.resume:
                 state = (

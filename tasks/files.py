@@ -406,16 +406,6 @@ def check_parts(name, parts):
     return parts
 
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
-
-
-def weights_checksums(*names):
-    """CRC-32 of the files of weights among `names`: files, folders, backbones of this project, names of a hub (left out)."""
-    paths = [path for name in names if name for path in (Path(name).expanduser(), WEIGHTS / f"{name}.safetensors")]
-    files = [file for path in paths for file in (path, *path.glob("*.safetensors"), *path.glob("*.bin")) if file.is_file()]
-    return [zlib.crc32(file.read_bytes()) for file in sorted(files)]
-
-
 def save_array(path, array):
     """Write an .npy file."""
     with replacing(path) as file:

@@ -149,7 +149,7 @@ def test_finished_weights_are_not_trained_again(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"depths": ()}, {"depths": (1, 0)}, {"size": 2}, {"size": 20, "depths": (1, 1, 1)}])
-def test_a_swin_that_cannot_be_is_refused(wrong, tmp_path):
+def test_depths_and_sizes_that_no_swin_has_are_refused(wrong, tmp_path):
     with pytest.raises(cli.UserError, match="depths are positive, the size a multiple of"):
         pretrain.main(pretrain.Images(out=str(tmp_path / "s"), **wrong))
 

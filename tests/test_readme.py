@@ -197,7 +197,7 @@ def test_the_sentences_about_differences_are_of_their_rows():
         (results, "cifar100", "pare", "naive", "than naive fine-tuning by {} points (p = <p>), than ORCA by"),
         (results, "cifar100", "pare", "orca", "than ORCA by {} (p = <p>) and than"),
         (results, "cifar100", "pare", "mona", "than MoNA by {} (p = <p>)."),
-        (results, "cifar100", "frozen", "pare", "is {} points worse than it (p = <p>)"),
+        (results, "cifar100", "frozen", "pare", "is {} points worse than it (p = <p>; with 1,000"),
         (results, "cifar100", "frozen", "naive", "in each seed worse than naive fine-tuning (p = <p>), as is"),
         (results, "cifar100", "warmup", "naive", "(p = 0.06), as is `warmup` (p = <p>)"),
         (readme, "cifar100", "frozen", "pare", "10,000 `frozen` is {} points worse (p = <p>)"),

@@ -249,6 +249,15 @@ def test_only_real_runs_of_the_same_options_and_scale_count_as_known(tmp_path, m
     assert [row["seed"] for row in reproduce.read_results(tmp_path / "out/results.csv")] == [0, 1]
 
 
+@pytest.mark.parametrize("options, released", [("--as_released", True), ("--as-released", True), ("--lr 1e-3", False)])
+def test_references_get_the_data_of_the_methods(options, released, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce.data, "load", lambda *args, as_released: seen.append(as_released))
+    monkeypatch.setattr(reproduce.references, "refer", lambda *args: None)
+    reproduce.refer("mean", reproduce.Args(out_dir=str(tmp_path), options=options), "advection1d", 0, tmp_path)
+    assert seen == [released]
+
+
 def test_options_do_not_override_a_variant(monkeypatch):
     seen = []
     monkeypatch.setattr("finetune.main", seen.append)

@@ -320,8 +320,7 @@ def test_other_data_of_the_same_size_are_noticed(tmp_path):
 
 @pytest.mark.parametrize("name", ["a path", "tiny-mine"])
 def test_another_backbone_in_the_same_file_is_noticed(name, tmp_path, monkeypatch):
-    for module in (backbones, data.files):  # the folder of the backbones of this project
-        monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(backbones, "WEIGHTS", tmp_path)  # the folder of the backbones of this project
     backbone = tmp_path / "tiny-mine.safetensors"
     shutil.copy(ROOT / "weights/tiny-roberta.safetensors", backbone)
     command = ["finetune.py", "--task", "satellite", "--mode", "probe", "--n-train", 40, "--epochs", 1]

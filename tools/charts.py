@@ -156,7 +156,7 @@ def studies(rows):
     for task, n_train in dict.fromkeys((row["task"], row["n_train"]) for row in rows):
         those = of(rows, task=task, n_train=n_train)
         if len({(row["scale"], row["metric"]) for row in those}) > 1:
-            raise cli.UserError(f"the runs of {task} differ in scale or metric.\nGive files of results that belong together.")
+            raise cli.UserError(f"the runs of {task} differ in scale or metric.\nGive the runs of one study.")
         yield (task, n_train), those, errors_of(those, "method")
 
 

@@ -108,6 +108,11 @@ class Text:
     """torch.compile; needs a C++ compiler on the CPU"""
 
 
+def weights_file(args):
+    """OUT.safetensors, whether or not --out has the suffix."""
+    return Path(args.out.removesuffix(".safetensors") + ".safetensors")
+
+
 def make_training(model, args, total, warmup, **more):
     """AdamW with weight decay on matrices only; linear warm-up, then cosine decay to 0 after `total` steps."""
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix}
@@ -249,7 +254,7 @@ def images(args):
             keep(part, args, model, optimizer, schedule, epoch + 1, before + time.time() - start)
         return score
 
-    path = Path(args.out.removesuffix(".safetensors") + ".safetensors")
+    path = weights_file(args)
     part = path.with_suffix(".part")
     first, before = resume(part, args, model, optimizer, schedule, device)
     for epoch in range(first, args.epochs):
@@ -401,7 +406,7 @@ def text(args):
     texts = read_texts(args.data_dir)
     piece = min(PIECE, sum(map(len, texts.values())) // 100 + 1)  # characters per piece
     pieces = [t[i : i + piece] for t in texts.values() for i in range(0, len(t), piece)]
-    path = Path(args.out.removesuffix(".safetensors") + ".safetensors")
+    path = weights_file(args)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([p for i, p in enumerate(pieces) if i % 50 != 49], args.vocabulary)
     entries = tokenizer.get_vocab_size()
@@ -522,7 +527,7 @@ def text(args):
 
 
 def main(args):
-    path = Path(args.out.removesuffix(".safetensors") + ".safetensors")
+    path = weights_file(args)
     if path.exists() and not path.with_suffix(".part").exists():
         raise cli.UserError(f"{path} is a finished backbone.\nGive another --out, or remove it.")
     images(args) if isinstance(args, Images) else text(args)

@@ -111,7 +111,7 @@ def train(method, options):
 def refer(method, args, task, seed, out):
     """One run of a reference, on the split of the methods with this seed. Does nothing if it does not fit the task."""
     began, n = time.perf_counter(), args.n_train or (published.TINY.n_train if args.scale == "tiny" else None)
-    released = "--as-released" in args.options.replace("_", "-")
+    released = "--as-released" in shlex.split(args.options.replace("_", "-"))
     loaded = data.load(task, args.data_dir, f"{args.out_dir}/cache", args.scale, n, seed, as_released=released)
     error = references.refer(method, loaded, seed, ["--scale", args.scale, *shlex.split(args.options)])
     if error is not None:
@@ -325,7 +325,7 @@ def check_alike(rows):
     if differ or len(set(seeds)) < len(seeds):
         runs = f"the runs of {rows[0]['task']} {rows[0]['method']}, seeds {', '.join(map(str, seeds))}, cannot be averaged"
         why = f"differ in {', '.join(differ)}" if differ else "have a seed twice"
-        raise cli.UserError(f"{runs}: they {why}.\nGive files of results that belong together.")
+        raise cli.UserError(f"{runs}: they {why}.\nGive the runs of one study.")
 
 
 def pairs(rows, task, method, base, which="test_last"):
