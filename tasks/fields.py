@@ -184,6 +184,8 @@ def read_cosmic(data_dir, cache):
                         raise ValueError(f"exposure {number} of {len(sky)}")
                     level = sky[number - 1]
                     x.append(np.pad(np.float32(tile[:1]), ((0, 0), (0, 1), (0, 0)), constant_values=level))  # (1, 129, 128)
+                    if np.isnan(tile[1]).any():
+                        raise ValueError("NaN in its mask")
                     counts = tile[2] == 0 if len(tile) > 2 else True
                     y.append(np.float32(np.where(counts, tile[1] > 0, np.nan)))  # (128, 128)
                 check_shape(path, x[-1], (1, 129, 128))

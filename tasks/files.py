@@ -19,7 +19,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,18 +234,32 @@ def retrieve(download, path):
 
 
 def unpack(download, path, data_dir):
-    """Unpack an archive, then remove it. Raises UserError if it is damaged."""
-    try:
+    """Unpack an archive, then remove it. Raises UserError if it is damaged, before anything is unpacked."""
+    with reading(path, "archive"):
         if download.unpack:
             with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} in it is damaged")
                 archive.extractall(path.parent)
         else:
             with tarfile.open(path) as archive:
+                check_end(archive)
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
                 archive.extractall(data_dir)
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a complete archive ({error}).\nRemove it and download it again.") from error
     path.unlink()
+
+
+def check_end(archive):
+    """Raise ValueError if a tar file is cut, or damaged in a header: tarfile takes both for the end of the archive.
+
+    At the end there are zeros only, at least 512 of them.
+    """
+    members = archive.getmembers()
+    archive.fileobj.seek(archive.offset)  # where tarfile looked for a further header
+    rest = iter(lambda: archive.fileobj.read(1 << 20), b"")
+    first = next(rest, b"")
+    if len(first) < 512 or first.strip(b"\0") or any(block.strip(b"\0") for block in rest):
+        raise ValueError(f"it is cut or damaged after {members[-1].name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,9 +549,13 @@ def check(where, array, shape, values="number", classes=None, first=0, rows=None
     )
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Opens pickles of numpy arrays and plain Python values; refuses everything else, since a pickle can run code."""
+class ArraysOnly(pickle._Unpickler):
+    """Opens pickles of numpy arrays and plain Python values; refuses everything else, since a pickle can run code.
 
+    Of the unpickler in Python, not the one in C, whose steps cannot be checked; arrays take the same time.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # opcode -> method
     allowed = {f.__name__: f for f in (np.ndarray, np.dtype, np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0],
                                        np.float64(0).__reduce__()[0])}  # fmt: skip
 
@@ -548,6 +565,17 @@ class ArraysOnly(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how Python 2 wrote bytes
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not an array")
+
+    def load_build(self):
+        """Set the state of the last object. numpy believes that of a type: a wrong size or flag would make wild pointers."""
+        state, last = self.stack[-1], self.stack[-2]
+        if isinstance(last, np.dtype):
+            expected = last.__reduce__()[2]  # (version, byte order, subtype, names, fields, size, alignment, flags)
+            if last.kind not in "biufSUO" or not isinstance(state, tuple) or state[2:] != expected[2:]:
+                raise pickle.UnpicklingError("it holds a damaged type of numbers")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def unpickle(path):
@@ -562,7 +590,10 @@ def unpickle(path):
                 npy_header(file)
             else:
                 file.seek(0)
-            content = ArraysOnly(file, encoding="bytes").load()
+            try:
+                content = ArraysOnly(file, encoding="bytes").load()
+            except MemoryError as error:  # a damaged length, more likely than a lack of memory
+                raise ValueError("it asks for more memory than there is") from error
         if isinstance(content, np.ndarray):  # 0-d: one object
             content = content.item() if content.ndim == 0 else list(content)
         if isinstance(content, dict):

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import io
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +106,8 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
         open_file = {Path(name).as_posix(): (root / name).open for name in names if name.endswith((".JPEG", ".txt"))}
     else:
         for path in archives:
-            try:
+            with reading(path, "zip file"):
                 archive = zipfile.ZipFile(path)
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{path} is not a complete zip file ({error}).\nRemove it and download it again.") from error
             for name in archive.namelist():
                 open_file[name.removeprefix("tiny-imagenet-200/")] = lambda mode, a=archive, name=name: a.open(name)
 
@@ -132,11 +129,11 @@ def read_tiny_imagenet(data_dir, n=None, seed=0, split="train"):
         images = [images[i] for i in chosen]
     x = np.empty((len(images), 64, 64, 3), np.uint8)
     for i, name in enumerate(images):
-        try:
-            with open_file[name]("rb") as file:
-                x[i] = np.asarray(Image.open(file).convert("RGB"))
-        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise UserError(f"{name} of Tiny-ImageNet in {data_dir} is not a 64 x 64 image ({error}).") from error
+        with reading(f"{name} of Tiny-ImageNet in {data_dir}", "image"), open_file[name]("rb") as file:
+            image = Image.open(file)
+            if image.size != (64, 64):
+                raise ValueError(f"{image.width} x {image.height} pixels, not 64 x 64")
+            x[i] = np.asarray(image.convert("RGB"))
     number = {name: i for i, name in enumerate(classes)}
     unknown = {label_of.get(name) for name in images} - number.keys()
     if unknown:

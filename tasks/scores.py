@@ -123,10 +123,10 @@ def auroc_error(out, y):
 
     if len(np.unique(y)) < 2:
         return 0.5
-    p = softmax(out.astype(np.float64), axis=1)
-    if out.shape[1] == 2:
-        return 1 - float(roc_auc_score(y, p[:, 1]))
-    return 1 - float(roc_auc_score(y, p, multi_class="ovo", labels=np.arange(out.shape[1])))
+    out = out.astype(np.float64)
+    if out.shape[1] == 2:  # the same order as softmax, which rounds to 1 where logits differ by more than 36
+        return 1 - float(roc_auc_score(y, out[:, 1] - out[:, 0]))
+    return 1 - float(roc_auc_score(y, softmax(out, axis=1), multi_class="ovo", labels=np.arange(out.shape[1])))
 
 
 def label_auroc_error(out, y):
@@ -160,7 +160,7 @@ def balanced_error(out, y):
     The benchmark calls it 1 - AUROC: it takes the area under the curve of predictions that are already cut at logit 0.
     """
     hit = out > 0
-    true_positive, true_negative = hit[y == 1].mean() if (y == 1).any() else 1.0, (~hit[y == 0]).mean()
+    true_positive, true_negative = (part.mean() if part.size else 1.0 for part in (hit[y == 1], ~hit[y == 0]))
     return 1 - float(true_positive + true_negative) / 2
 
 

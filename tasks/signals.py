@@ -57,7 +57,8 @@ def read_ecg(data_dir, cache):
 
     path = locate(data_dir, "challenge2017.pkl")
     records, labels = unpickle_entries(path, "data", "label")
-    labels = [name.decode() if isinstance(name, bytes) else str(name) for name in labels]
+    with reading(path, "pickle of arrays"):
+        labels = [name.decode() if isinstance(name, bytes) else str(name) for name in labels]
     if len(records) != len(labels) or (unknown := set(labels) - ECG_STRIDE.keys()):
         wrong = f"labels {sorted(unknown)}" if len(records) == len(labels) else f"{len(labels)} labels"
         raise UserError(f"{path}: {len(records)} records with {wrong}; expected one of N, A, O, ~ for each.")
@@ -67,7 +68,7 @@ def read_ecg(data_dir, cache):
         for number in numbers:
             signal = check(f"{path}: record {number}", records[number], ())  # (length,)
             begin = np.arange(0, len(signal) - 1000, ECG_STRIDE[labels[number]])
-            signals.append((signal - signal.mean()) / (signal.std() or 1))
+            signals.append((signal - signal.mean()) / (signal.std() if (signal != signal[:1]).any() else 1))
             starts.append(offset + begin)
             y.append(np.full(len(begin), list(ECG_STRIDE).index(labels[number])))
             groups.append(np.full(len(begin), number))

@@ -50,6 +50,14 @@ def local(data_dir, path):
     return Path(data_dir) / "openml" / "openml.org" / f"{path.strip('/')}.gz"
 
 
+def path_of(url):
+    """The path of a URL in OpenML's answer. Raises ValueError if it is of a local file, or leads out of a folder."""
+    parts = urllib.parse.urlparse(url)
+    if parts.scheme not in ("http", "https") or ".." in parts.path.split("/"):
+        raise ValueError(f"it names {url}")
+    return parts.path
+
+
 def open_table(number, data_dir):
     """The format of a table, its columns (list of Column), and the path of its ARFF file.
 
@@ -62,8 +70,8 @@ def open_table(number, data_dir):
     with reading(paths[0], f"description of table {number}"), gzip.open(paths[0]) as file:
         about = json.load(file)["data_set_description"]
         form = about["format"].lower()
-        arff = local(data_dir, urllib.parse.urlparse(about["url"]).path)
-        older = local(data_dir, f"data/v1/download/{about['file_id']}")  # where older versions of scikit-learn kept it
+        arff = local(data_dir, path_of(about["url"]))
+        older = local(data_dir, f"data/v1/download/{int(about['file_id'])}")  # where older versions of scikit-learn kept it
     with reading(paths[1], f"description of table {number}"), gzip.open(paths[1]) as file:
         columns = [
             Column(int(c["index"]), c["name"], c["data_type"], c["is_target"] == "true",
@@ -105,10 +113,11 @@ def fetch_table(number, data_dir):
     about, columns = (download(f"{SITE}/{name.format(number)}", number) for name in (ABOUT, FEATURES))
     with reading(f"{SITE}/{ABOUT.format(number)}", f"description of table {number}"):
         url = json.loads(about)["data_set_description"]["url"]
+        path = path_of(url)
     table = download(url, number)
     save(local(data_dir, ABOUT.format(number)), about)
     save(local(data_dir, FEATURES.format(number)), columns)
-    save(local(data_dir, urllib.parse.urlparse(url).path), table)
+    save(local(data_dir, path), table)
 
 
 def prepare_table(number, data_dir):
@@ -309,8 +318,8 @@ def read_openml(data_dir, cache, number):
         values, counts = values[:, ~gaps], counts[~gaps]  # (n, columns without gaps)
         check_any(number, list(counts))
     numbers = np.nan_to_num(values[:, counts == 0])  # (n, numeric columns)
-    mean, std = numbers[train].mean(0), numbers[train].std(0)
-    statistics = {"categories": counts, "mean": mean, "std": np.where(std > 0, std, 1)}
+    mean, std, spread = numbers[train].mean(0), numbers[train].std(0), np.ptp(numbers[train], axis=0)  # (numeric columns,)
+    statistics = {"categories": counts, "mean": mean, "std": np.where(spread > 0, std, 1)}  # std of 0.1, 0.1, ... is not 0
     x = encode_rows(values, **statistics)
     if categories:
         x = x[:, : max(1, np.flatnonzero(x.any((0, 2))).max() + 1)]  # the last channel only if a value is missing

@@ -145,6 +145,11 @@ def test_damaged_tiles_are_named(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(cli.UserError, match="1_0.npy is not a readable tile"):
         full("cosmic", tmp_path)
+    tile = np.zeros((3, 256, 256))
+    tile[1, 128, 128] = np.nan
+    np.save(path, tile)
+    with pytest.raises(cli.UserError, match="1_0.npy is not a readable tile .NaN in its mask"):
+        full("cosmic", tmp_path)
 
 
 def test_tiles_beside_their_archive_may_be_incomplete(tmp_path):

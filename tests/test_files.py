@@ -1,6 +1,7 @@
 """Reading what cannot be trusted, and downloading it."""
 
 import errno
+import gzip
 import hashlib
 import io
 import os
@@ -44,6 +45,46 @@ def test_arrays_of_every_pickle_protocol_pass():
         array = np.arange(4)
         loaded = files.ArraysOnly(io.BytesIO(pickle.dumps({"a": array, "b": np.float32(2)}, protocol))).load()
         assert np.array_equal(loaded["a"], array) and loaded["b"] == 2
+
+
+class Reduced:
+    """Pickled as this call and this state."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def pickled_type(code, **changes):
+    """The pickle of a numpy type, some parts of its state replaced."""
+    names = ("version", "order", "subtype", "names", "fields", "size", "alignment", "flags")
+    state = dict(zip(names, np.dtype(code).__reduce__()[2], strict=False)) | changes
+    return pickle.dumps(Reduced(np.dtype, (code, False, True), tuple(state.values())))
+
+
+@pytest.mark.parametrize("code", ["f4", ">f8", "i8", "u1", "?", "S3", "U5", "O"])
+def test_types_of_numbers_and_text_pass_unchanged(code):
+    assert files.ArraysOnly(io.BytesIO(pickled_type(code))).load() == np.dtype(code)
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [("O", {"flags": 0}), ("U5", {"size": 10**6}), ("U5", {"size": 19}), ("f8", {"flags": 63}), ("V8", {}), ("M8[s]", {}),
+     ("i8", {"names": ("a",), "fields": {"a": (np.dtype("O"), 0)}}), ("f8", {"subtype": (np.dtype("O"), (3,))})],
+)  # fmt: skip
+def test_a_damaged_type_is_refused(code, changes):
+    """numpy takes such a state: arrays of these types read and write memory that is not theirs."""
+    with pytest.raises(pickle.UnpicklingError, match="damaged type"):
+        files.ArraysOnly(io.BytesIO(pickled_type(code, **changes))).load()
+
+
+def test_a_length_that_no_memory_holds_is_a_fault_of_the_file(tmp_path):
+    frame = pickle.FRAME + (2**62).to_bytes(8, "little")
+    (tmp_path / "a.pkl").write_bytes(pickle.PROTO + b"\x04" + frame + pickle.dumps(1, 4)[2:])
+    with pytest.raises(cli.UserError, match="a.pkl is not a readable pickle of arrays .it asks for more memory"):
+        files.unpickle(tmp_path / "a.pkl")
 
 
 # ---- downloads
@@ -133,6 +174,59 @@ def test_a_damaged_archive_fetched_by_hand_is_named(tmp_path):
     assert path.exists() and not (tmp_path / "a").exists()
 
 
+def tar(folder, suffix=""):
+    """A tar file of three members, and where the header of the second one begins."""
+    path = folder / f"a.tar{suffix}"
+    with tarfile.open(path, f"w:{suffix[1:]}") as archive:
+        for name in ("a/1", "a/2", "a/3"):
+            member = tarfile.TarInfo(name)
+            member.size = 3000
+            archive.addfile(member, io.BytesIO(name.encode() * 1000))
+    return path, 512 + 3072
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b, at: b[:at], lambda b, at: b[: at + 100], lambda b, at: b[:at] + bytes(512) + b[at + 512 :],
+     lambda b, at: b[: at + 3] + b"?" + b[at + 4 :], lambda b, at: b[: at + 1000], lambda b, at: b[: at + 512 + 3000]],
+    ids=["cut before a header", "cut in a header", "header of zeros", "wrong byte", "cut in a file", "cut after a file"],
+)  # fmt: skip
+def test_a_damaged_tar_file_is_named_and_nothing_is_unpacked(tmp_path, suffix, damage):
+    path, second = tar(tmp_path, suffix)
+    download = files.Download("nowhere", None, 1, ("a",), name=path.name)
+    pack, open_packed = (gzip.compress, gzip.decompress) if suffix else (bytes, bytes)
+    path.write_bytes(pack(damage(open_packed(path.read_bytes()), second)))
+    with pytest.raises(cli.UserError, match="a.tar.* is not a readable archive"):
+        files.fetch(download, tmp_path)
+    assert path.exists() and not (tmp_path / "a").exists()
+    path, _ = tar(tmp_path, suffix)
+    files.fetch(download, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["1", "2", "3"] and not path.exists()
+
+
+@pytest.mark.parametrize("damage", ["content", "method", "encrypted", "offset"])
+def test_a_damaged_zip_file_is_named_and_nothing_is_unpacked(tmp_path, damage):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/1", "first")
+        archive.writestr("a/2", "second")
+    content = bytearray(path.read_bytes())
+    central = content.rfind(b"PK\x01\x02")  # the entry of the second file in the directory at the end
+    if damage == "content":
+        content[content.find(b"second")] ^= 1
+    elif damage == "method":
+        content[central + 10] = 99
+    elif damage == "encrypted":
+        content[central + 8] |= 1
+    else:
+        content[central + 42 : central + 46] = b"\xff\xff\xff\x7f"  # where the file begins
+    path.write_bytes(content)
+    with pytest.raises(cli.UserError, match="a.zip (is not a readable archive|cannot be read)"):
+        files.fetch(files.Download("nowhere", None, 1, ("a/*",), name="a.zip", unpack=True), tmp_path)
+    assert path.exists() and not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("size", [0, 5, 60, 200])
 def test_a_damaged_file_of_the_cache_is_named(tmp_path, size):
     make = lambda: files.kept(tmp_path, "a", "making it", lambda: (np.arange(99), np.arange(99)))
@@ -148,7 +242,7 @@ def test_an_archive_fetched_by_hand_is_unpacked(tmp_path):
     data.prepare("conll2000", tmp_path)
     assert (tmp_path / "conll2000/train.txt").read_text() == "w NN O"
     (tmp_path / "protein.zip").write_bytes(b"half a zip")
-    with pytest.raises(cli.UserError, match="protein.zip is not a complete archive"):
+    with pytest.raises(cli.UserError, match="protein.zip is not a readable archive"):
         files.fetch(files.DOWNLOADS["protein"], tmp_path)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from official import RNG, TINY, jpeg, write_cifar100, write_voc
+from PIL import Image
 
 import cli
 import data
@@ -121,7 +122,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(cli.UserError, match=r"s2_cifar100.gz is not a readable"):
         images.read_spherical(tmp_path, tmp_path)
     (tmp_path / "tiny-imagenet-200.zip").write_bytes(b"PK\x03\x04 half a zip")
-    with pytest.raises(cli.UserError, match="not a complete zip"):
+    with pytest.raises(cli.UserError, match="tiny-imagenet-200.zip is not a readable zip file"):
         images.read_tiny_imagenet(tmp_path)
 
 
@@ -140,7 +141,21 @@ def test_a_damaged_picture_is_named(tmp_path):
     path = tmp_path / "tiny-imagenet-200/train/n01/images/n01_0.JPEG"
     path.parent.mkdir(parents=True)
     path.write_bytes(jpeg(3, "L")[:200])
-    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a 64 x 64 image"):
+    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a readable image"):
+        images.read_tiny_imagenet(tmp_path)
+    Image.new("RGB", (1, 64)).save(path)
+    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a readable image .1 x 64 pixels, not 64 x 64"):
+        images.read_tiny_imagenet(tmp_path)
+
+
+def test_a_picture_in_a_damaged_zip_file_is_named(tmp_path):
+    path = tmp_path / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny-imagenet-200/train/n01/images/n01_0.JPEG", jpeg(9))
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\x01\x02") + 10] = 99  # the method of compression
+    path.write_bytes(content)
+    with pytest.raises(cli.UserError, match=r"n01_0.JPEG .* is not a readable image"):
         images.read_tiny_imagenet(tmp_path)
 
 

@@ -94,6 +94,7 @@ def test_auroc_is_the_share_of_pairs_in_order():
         areas += [area(p[pair, a], (y[pair] == a) * 1), area(p[pair, b], (y[pair] == b) * 1)]
     assert scores.auroc_error(out, y) == pytest.approx(1 - np.mean(areas))
     assert scores.auroc_error(out, np.zeros(30, int)) == 0.5
+    assert scores.auroc_error(np.float32([[0, 40], [0, 50], [0, 60]]), np.array([0, 0, 1])) == 0  # their softmax is 1
     out, y = RNG.normal(size=(20, 3)), RNG.integers(0, 2, (20, 3))
     y[:, 2] = 1  # always there: left out
     assert scores.label_auroc_error(out, y) == pytest.approx(1 - (area(out[:, 0], y[:, 0]) + area(out[:, 1], y[:, 1])) / 2)
@@ -121,6 +122,8 @@ def test_balanced_error_leaves_out_what_does_not_count():
     out = np.array([[[1.0, -1.0, 2.0, 3.0, -4.0, 5.0]]])
     y = np.array([[[1.0, 1.0, 0.0, 0.0, 0.0, np.nan]]])
     assert scores.balanced_error(out, y) == pytest.approx(1 - (1 / 2 + 1 / 3) / 2)
+    assert scores.balanced_error(out, np.ones_like(y)) == pytest.approx(1 - (4 / 6 + 1) / 2)  # no background: nothing is missed
+    assert scores.balanced_error(out, np.zeros_like(y)) == pytest.approx(1 - (1 + 2 / 6) / 2)
 
 
 def test_protein_error_by_hand():

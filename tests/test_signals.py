@@ -108,6 +108,20 @@ def test_an_ecg_file_with_another_label_or_no_window_is_named(tmp_path):
     (tmp_path / "challenge2017.pkl").write_bytes(pickle.dumps({"data": records, "label": ["N"] * 20}))
     with pytest.raises(cli.UserError, match="no window"):
         full("ecg", tmp_path)
+    write_ecg(tmp_path)
+    content = bytearray((tmp_path / "challenge2017.pkl").read_bytes())
+    content[content.rfind("N".encode("utf-32-le")) + 3] = 1  # no character has this number
+    (tmp_path / "challenge2017.pkl").write_bytes(content)
+    with pytest.raises(cli.UserError, match="challenge2017.pkl is not a readable pickle of arrays"):
+        full("ecg", tmp_path)
+
+
+def test_a_constant_record_becomes_zeros(tmp_path):
+    """The standard deviation of equal numbers is not 0 after rounding."""
+    records = np.array([np.full(1200 + i, 0.1) for i in range(20)], object)
+    (tmp_path / "challenge2017.pkl").write_bytes(pickle.dumps({"data": records, "label": ["N"] * 20}))
+    test = full("ecg", tmp_path).test
+    assert test.inputs(torch.arange(len(test))).abs().max() < 1e-6
 
 
 # ---- deepsea

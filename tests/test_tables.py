@@ -49,6 +49,15 @@ def test_numbers_alone_are_one_position_and_columns_with_gaps_are_left_out(tmp_p
     assert torch.allclose(loaded.task.loss(out, y), torch.nn.functional.cross_entropy(out, y))  # equal classes weigh equally
 
 
+def test_a_constant_column_is_not_scaled(tmp_path):
+    """The standard deviation of 0.1, 0.1, ... is 1e-17 after rounding, not 0."""
+    write_openml(tmp_path, 37, [("a", None), ("b", None), ("class", ["x", "y"])], [[0.1, i, "xy"[i % 2]] for i in range(60)])
+    loaded = full("openml37", tmp_path)
+    assert np.abs(dev(loaded)[0][:, 0]).max() < 1e-6
+    prepared = loaded.task.prepare("new rows", np.array([[0.6, 3.0]]))
+    assert prepared[0, 0, 0] == pytest.approx(0.5)
+
+
 def test_rare_classes_weigh_more(tmp_path):
     write_openml(tmp_path, 37, [("a", None), ("class", ["x", "y"])], [[i, "x" if i % 4 else "y"] for i in range(80)])
     task = full("openml37", tmp_path).task

@@ -263,6 +263,22 @@ def test_prepare_downloads_a_table_that_is_missing_or_damaged(tmp_path, monkeypa
     assert len(asked) == 3  # it is present
 
 
+@pytest.mark.parametrize("url", ["file:///etc/hostname", f"{SITE}/../../../t.arff", "t.arff"])
+def test_a_url_of_a_local_file_or_out_of_the_folder_is_refused(tmp_path, monkeypatch, url):
+    content = {
+        path: answer.replace(f"{SITE}/data/v1/download/7/t.arff".encode(), url.encode())
+        for path, answer in answers(GOOD, [good_row(i) for i in range(60)]).items()
+    }
+    asked = serve(monkeypatch, content)
+    with pytest.raises(cli.UserError, match="description of table 999 .it names "):
+        tables.prepare_table(999, tmp_path)
+    assert len(asked) == 2 and not files_of(tmp_path)
+    path = write(tmp_path, GOOD, [good_row(i) for i in range(60)]) / "openml/openml.org/api/v1/json/data/999.gz"
+    path.write_bytes(gzip.compress(content["api/v1/json/data/999"]))
+    with pytest.raises(cli.UserError, match="description of table 999 .it names "):
+        read(tmp_path)
+
+
 def test_prepare_without_an_answer_keeps_what_there_is(tmp_path, monkeypatch, capsys):
     def refuse(url, timeout):
         raise urllib.error.URLError("no route")

@@ -30,7 +30,7 @@ import backbones
 import cli
 import data
 from run import write
-from tasks.files import read_text
+from tasks.files import read_text, reading
 from tasks.images import read_tiny_imagenet, resized_crop_and_flip
 
 
@@ -327,12 +327,9 @@ def read_texts(data_dir):
     """
     texts = {}
     for path in sorted(Path(data_dir).glob("text/*.zip")):
-        try:
-            with zipfile.ZipFile(path) as file:
-                names = [n for n in sorted(file.namelist()) if not n.endswith(("/", "README", "cats.txt", "test.txt"))]
-                texts[path.stem] = " ".join(plain(file.read(name).decode("utf-8", "replace")) for name in names)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise cli.UserError(f"{path} is not a complete zip file ({error}).\nRemove it or download it again.") from error
+        with reading(path, "zip file"), zipfile.ZipFile(path) as file:
+            names = [n for n in sorted(file.namelist()) if not n.endswith(("/", "README", "cats.txt", "test.txt"))]
+            texts[path.stem] = " ".join(plain(file.read(name).decode("utf-8", "replace")) for name in names)
     conll = Path(data_dir) / "conll2003" / "train.txt"
     if conll.exists():
         texts["conll2003"] = plain(read_text(conll))
