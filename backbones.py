@@ -65,7 +65,9 @@ class SwinEncoder(nn.Module):
         super().__init__()
         self.architecture = swin.architecture  # for `rebuild`
         self.grid = swin.patch_embed.grid_size
-        self.reduction = swin.feature_info[-1]["reduction"]  # side of the image / side of the last grid
+        # pixels of DensePredictor2d along the side of a token: 32 in full Swins, as in the official code; 16 in tiny-swin, with
+        # 4 x 4 tokens: 64 x 64 pixels, as many as simulated fields have at the tiny scale
+        self.square = max(16, swin.feature_info[-1]["reduction"])
         self.layers, self.norm = swin.layers, swin.norm
 
     @property
@@ -116,7 +118,7 @@ class VitEncoder(nn.Module):
     def __init__(self, vit):
         super().__init__()
         self.architecture = vit.architecture  # for `rebuild`
-        self.reduction = vit.patch_embed.patch_size[0]  # side of the image / side of the grid
+        self.square = vit.patch_embed.patch_size[0]  # as in SwinEncoder: the pixels are those of the image
         self.norm_pre, self.blocks, self.norm = vit.norm_pre, vit.blocks, vit.norm
         prefix = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]  # in timm's order
         prefix = [token.detach() for token in prefix if token is not None]

@@ -187,8 +187,8 @@ class DensePredictor2d(nn.Module):
     Args:
         width: F.
         out: (H, W), or (c, H, W).
-        factor: side of a square, so that the squares cover the images the backbone was built for: 32 for every
-            full Swin, the patch of a ViT.
+        factor: side of a square: 32 for every full Swin and the patch of a ViT, so that the squares cover the images the
+            backbone was built for; 16 for tiny-swin.
     """
 
     def __init__(self, width, out, factor=32):
@@ -241,7 +241,7 @@ def make_predictor(output, target, source, embedder, pooling=False):
     if target != "field":
         return ClassPredictor(source.feature_width, output[0])
     if source.modality == "2d":
-        return DensePredictor2d(source.feature_width, output, source.encoder.reduction)
+        return DensePredictor2d(source.feature_width, output, source.encoder.square)
     if output[1] % embedder.tokens:
         raise UserError(f"{embedder.tokens} tokens cannot predict {output[1]} time steps, which is not a multiple.\n"
                         "Give the task other `tokens`, or another `output`.")  # fmt: skip

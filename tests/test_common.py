@@ -10,6 +10,7 @@ from scipy.optimize import linprog
 
 import cli
 import common
+from tasks import pde
 from tools import bench
 
 # ---- embedders
@@ -135,11 +136,11 @@ def test_swin_base_predicts_fields_as_the_papers_do():
     assert predictor(torch.randn(1, 49, 1024)).shape == (1, 512, 512)
 
 
-def test_the_tiny_swin_has_squares_that_cover_its_pictures(swin):
+def test_the_tiny_swin_has_a_pixel_for_each_cell_of_a_simulated_field(swin):
     predictor = common.make_predictor((2, 9, 9), "field", swin, None)
     features = swin.encoder(swin.embedder(torch.randn(2, 3, 32, 32)))
-    assert predictor.factor == 8 and features.shape[1] * 8**2 == 32**2
-    assert predictor(features).shape == (2, 2, 9, 9)
+    assert features.shape[1] * predictor.factor**2 == 64**2 and predictor(features).shape == (2, 2, 9, 9)
+    assert {sim.tiny for name, sim in pde.SETS.items() if name.endswith("2d")} == {64}
 
 
 def test_1d_fields_are_the_values_of_each_tokens_time_steps():
