@@ -66,8 +66,7 @@ run -1000-10 --tasks satellite --n-train 1000 --options="--steps-per-epoch 10" -
 run "" --tasks advection1d satellite --methods "${methods[@]}"
 run "" --tasks cifar100 --methods "${methods[@]}" "${names[@]}"
 run "" --tasks cifar100 satellite --methods "${contrast[@]}"
-# not shallow_water2d: at the tiny scale the methods reach the limit of the predictor (docs/pde.md)
-run "" --tasks darcy --methods "${methods[@]}" "${voc[@]}"
+run "" --tasks darcy shallow_water2d --methods "${methods[@]}" "${voc[@]}"
 run "" --tasks openml23 openml31 --seeds 5 --methods "${methods[@]}" contrast boosting logistic
 run "" --tasks spherical burgers1d diffusion_reaction1d --methods "${methods[@]}"
 run "" --tasks advection1d --methods mean input fourier
