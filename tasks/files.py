@@ -235,6 +235,7 @@ def retrieve(download, path):
 
 def unpack(download, path, data_dir):
     """Unpack an archive, then remove it. Raises UserError if it is damaged, before anything is unpacked."""
+    print(f"checking and unpacking {path.name}", flush=True)  # takes minutes for the largest
     with reading(path, "archive"):
         if download.unpack:
             with zipfile.ZipFile(path) as archive:
