@@ -335,7 +335,7 @@ def main(args):
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}  # the next step's lr
         row |= {"k": k, "lambda": lam}  # contrast
         run.end_epoch(net, model, optimizer, scheduler, row)
 

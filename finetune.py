@@ -179,7 +179,7 @@ def main(args):
             lora.merge_into(model)  # finetune
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}  # the next step's lr
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation

@@ -297,7 +297,8 @@ def main(args):
                 gcn = GCN(t.shape[1], train.classes).to(device)
             if not run.restore_stage1(gcn=gcn):
                 run.keep_stage1(train_gcn(gcn, t, A, task, args), gcn=gcn)
-                edges = ((A > 0).sum().item() - P * len(t)) // 2
+                node_class = torch.arange(len(t), device=device) // P  # (n,)
+                edges = ((A > 0) & (node_class[:, None] < node_class)).sum().item()
                 print(f"LSG     {len(t):,} nodes, {edges:,} pairs of different classes joined")
             guide = LabelGraph(t, label_graph(t, args.edge_ratio, released=True) if args.as_released else A, gcn)  # row L1
         else:
@@ -342,7 +343,7 @@ def main(args):
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}  # the next step's lr
         row |= dict(zip(("align", "regularise"), (totals / steps).tolist(), strict=True)) if guided else {}  # LSG
         run.end_epoch(net, model, optimizer, scheduler, row)
 

@@ -191,7 +191,7 @@ def meta_train(model, source, train, source_set, task, args, progress):
     lr, weight_decay = data.of_one_batch(args, "mona")
     optimizer = make_optimizer(trained, replace(args, lr=args.meta_lr or lr, weight_decay=weight_decay))
     steps = train.batches_in_epoch(args)
-    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # B_s, at least 32: in smaller batches few pairs share a class
+    size_s = args.batch_size * math.ceil(32 / args.batch_size)  # B_s >= 32: in smaller batches few pairs share a class
     rows = []
     for epoch in range(args.meta_epochs):
         start, logs = time.perf_counter(), torch.zeros(steps, 5, device=train.device)
@@ -292,7 +292,7 @@ def main(args):
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}  # the next step's lr
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation

@@ -4,7 +4,7 @@ Cai et al., "Enhancing Cross-Modal Fine-Tuning with Gradually Intermediate Modal
 
 Target samples look unlike anything that the encoder was pretrained on. PaRe trains it, next to them, on an intermediate
 modality: target samples in which the patches that matter least are replaced by the source patches that matter most. It begins
-close to the source, on which the encoder was pretrained, and ends at the target.
+close to the source, on which the encoder was pretrained, and moves to the target.
 
     in epoch ep of EP:   k = k0 (1 - ep / EP),   lambda = k / k0
     1  X_t = embedder(x_t)                       N target tokens of width D
@@ -152,7 +152,7 @@ def released_phase2_begins(args, modality):
 
 
 def schedule(epoch, epochs, k_begin, k_end=0):
-    """Tokens replaced in epoch ep from 0:  k = int(k0 - (k0 - k_end) ep / EP), which is k0 (1 - ep / EP) for k_end = 0."""
+    """Tokens replaced in epoch ep from 0:  k = int(k0 - (k0 - k_end) ep / EP), for k_end = 0 int(k0 (1 - ep / EP))."""
     return int(k_begin - (k_begin - k_end) * epoch / epochs)
 
 
@@ -272,7 +272,7 @@ def main(args):
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}  # the next step's lr
         row |= {"k": k, "lambda": lam}  # PaRe
         run.end_epoch(net, model, optimizer, scheduler, row)
 

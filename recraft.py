@@ -13,8 +13,8 @@ possible about the target's.
     2  u_s, u_t = mean over tokens of the embedded samples; one step on the embedder down the gradient of
        OT(u_s, u_t) = min over plans pi of sum_ij pi_ij 1/2 |u_i - u_j|^2         OTDD without labels
     stage 1, feature-label distortion, in each label step:
-    3  P(z', z) <- 0.9 P(z', z) + 0.1 mean over i of 1{y_i = z'} p_s(z | g(embedder(x_i)))     running mean over the steps:
-       joint table of target label and predicted source label; only the new term has a gradient
+    3  P(z', z) <- 0.9 P(z', z) + 0.1 mean over i of 1{y_i = z'} p_s(z | g(embedder(x_i)))     running mean over the steps,
+       from the first mean on: joint table of target label and predicted source label; only the new term has a gradient
     4  one step on the embedder up the gradient of I(Z; Z') = H(Z) - H(Z | Z') of P
     stage 2:
     5  L = L(h(g(embedder(x_t))), y_t), step on embedder, encoder g and a new predictor h
@@ -302,7 +302,7 @@ def main(args):
                 bar.set_postfix(loss=mean_loss(losses, train, step, epoch, args))
         seconds = time.perf_counter() - start
         val = run.evaluate(model, loaded.val, task)
-        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        row = {"loss": run.mean(losses), "val": val, "lr": scheduler.get_last_lr()[0], "seconds": seconds}  # the next step's lr
         run.end_epoch(net, model, optimizer, scheduler, row)
 
     # ---- test: the last epoch, and the epoch that was best on validation

@@ -251,10 +251,7 @@ def unpack(download, path, data_dir):
 
 
 def check_end(archive):
-    """Raise ValueError if a tar file is cut, or damaged in a header: tarfile takes both for the end of the archive.
-
-    At the end there are zeros only, at least 512 of them.
-    """
+    """Raise ValueError unless 512 zeros or more end a tar file: tarfile takes a cut and a damaged header for the end, too."""
     members = archive.getmembers()
     archive.fileobj.seek(archive.offset)  # where tarfile looked for a further header
     rest = iter(lambda: archive.fileobj.read(1 << 20), b"")
@@ -553,7 +550,7 @@ def check(where, array, shape, values="number", classes=None, first=0, rows=None
 class ArraysOnly(pickle._Unpickler):
     """Opens pickles of numpy arrays and plain Python values; refuses everything else, since a pickle can run code.
 
-    Of the unpickler in Python, not the one in C, whose steps cannot be checked; arrays take the same time.
+    In Python, not in C, so that each step can be checked; arrays take the same time.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)  # opcode -> method
@@ -586,11 +583,10 @@ def unpickle(path):
     """
     with reading(path, "pickle of arrays"):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if file.read(6) == b"\x93NUMPY":
-                file.seek(0)
+            is_npy = file.read(6) == b"\x93NUMPY"
+            file.seek(0)
+            if is_npy:
                 npy_header(file)
-            else:
-                file.seek(0)
             try:
                 content = ArraysOnly(file, encoding="bytes").load()
             except MemoryError as error:  # a damaged length, more likely than a lack of memory

@@ -58,14 +58,19 @@ def mask_loss(out, y):
     return (each * counts).mean()
 
 
+def root(x):
+    """Square root; at 0, where its gradient is infinite, with gradient 0: of samples that are predicted exactly."""
+    return x.clamp(min=1e-30).sqrt()
+
+
 def rmse(out, y):
     """sqrt(mean (out - y)^2) of each sample, then the mean. out, y (B, ...) -> scalar"""
-    return (out.float() - y).flatten(1).square().mean(1).sqrt().mean()
+    return root((out.float() - y).flatten(1).square().mean(1)).mean()
 
 
 def nrmse(out, y):
     """sqrt(mean (out - y)^2) / sqrt(mean y^2) of each sample, then the mean. out, y (B, ...) -> scalar"""
-    error, size = ((v.flatten(1).square().mean(1)).sqrt() for v in (out.float() - y, y))
+    error, size = (root(v.flatten(1).square().mean(1)) for v in (out.float() - y, y))
     return (error / size).mean()
 
 

@@ -25,6 +25,13 @@ def test_field_losses_by_hand():
     assert data.TASKS["burgers1d"].score(out.numpy(), y.numpy()) == pytest.approx(1.1)  # trained on RMSE, scored by nRMSE
 
 
+@pytest.mark.parametrize("loss", [scores.rmse, scores.nrmse, scores.relative_l2])
+def test_a_sample_that_is_predicted_exactly_has_no_gradient(loss):
+    out = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    loss(out, torch.tensor([[1.0, 2.0], [0.0, 4.0]])).backward()
+    assert out.grad[0].tolist() == [0, 0] and out.grad[1, 0] > 0 and out.grad.isfinite().all()
+
+
 def test_the_loss_of_a_batch_is_the_mean_of_its_micro_batches():
     """Gradient accumulation and several processes average; a denominator that depends on the samples would change the loss."""
     generator = torch.Generator().manual_seed(0)
