@@ -70,8 +70,8 @@ def rmse(out, y):
 
 def nrmse(out, y):
     """sqrt(mean (out - y)^2) / sqrt(mean y^2) of each sample, then the mean. out, y (B, ...) -> scalar"""
-    error, size = (root(v.flatten(1).square().mean(1)) for v in (out.float() - y, y))
-    return (error / size).mean()
+    error, size = (v.flatten(1).square().mean(1) for v in (out.float() - y, y))
+    return (root(error) / size.sqrt()).mean()  # not finite if a target is 0 everywhere, which training reports
 
 
 def relative_l2(out, y, mean=0.0, std=1.0):

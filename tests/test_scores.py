@@ -32,6 +32,12 @@ def test_a_sample_that_is_predicted_exactly_has_no_gradient(loss):
     assert out.grad[0].tolist() == [0, 0] and out.grad[1, 0] > 0 and out.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", [scores.nrmse, scores.relative_l2])
+def test_an_error_relative_to_a_target_of_zeros_is_not_finite(loss):
+    """A large number instead would not be noticed."""
+    assert not loss(torch.ones(2, 3), torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])).isfinite()
+
+
 def test_the_loss_of_a_batch_is_the_mean_of_its_micro_batches():
     """Gradient accumulation and several processes average; a denominator that depends on the samples would change the loss."""
     generator = torch.Generator().manual_seed(0)
